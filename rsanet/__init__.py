@@ -1,0 +1,1 @@
+"""RSANet: recurrent slice-wise attention networks for 3-D medical images."""
