@@ -1,24 +1,211 @@
-"""Public functions."""
+"""The public functions: what is checked before any backend sees it, the backend's name, the call."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rsa_kernels import reference
+from rsa_kernels import ops
+from rsa_kernels.backends import requested
+
+AXIS_NAMES = {"axial": 2, "coronal": 3, "sagittal": 4}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def slice_attention(query, key, value, axis, *, scale=1.0, backend=None) -> Tensor:
-    return reference.slice_attention(query, key, value, axis, scale)[0]
+def normalize_axis(axis: int | str) -> int:
+    """The spatial dim of ``(N, C, D, H, W)`` that an axis names.
+
+    The names follow the published code; they are anatomically true for volumes stored as (z, y, x).
+
+    Args:
+        axis: ``"axial"`` (D), ``"coronal"`` (H), ``"sagittal"`` (W), or the dim: 2, 3, 4, -3, -2, -1.
+
+    Returns:
+        2, 3 or 4.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(axis, str):
+        dim = AXIS_NAMES.get(axis)
+    elif isinstance(axis, int) and not isinstance(axis, bool):
+        dim = axis + 5 if axis < 0 else axis
+    else:
+        dim = None
+    if dim not in (2, 3, 4):
+        raise ValueError(
+            f"axis is {axis!r}, but must be 2 or 'axial', 3 or 'coronal', 4 or 'sagittal' (negative dims count)"
+        )
+    return dim
+
+
+def slice_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: int | str,
+    *,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention between the slices of a volume along one axis: the parameter-free core of slice-wise attention.
+
+    ``softmax_j(scale * <query_i, key_j>)`` weighs the slices of ``value``; the inner product sums over channels and
+    the positions within a slice (Zhang et al., "RSANet", MICCAI 2019, equations 1 and 2; no division by the square
+    root of the length). Differentiable once. Under autocast the volumes take the autocast dtype.
+
+    Args:
+        query: ``(N, C, D, H, W)``, float64, float32, bfloat16 or float16, any strides.
+        key: same shape, dtype and device.
+        value: same shape, dtype and device.
+        axis: the spatial axis that is sliced: 2 or ``"axial"``, 3 or ``"coronal"``, 4 or ``"sagittal"``.
+        scale: factor on the logits.
+        backend: a key of :func:`available_backends`, or ``"auto"``; by default the choice of :func:`use_backend`,
+            else of the environment variable ``RSA_KERNELS_BACKEND``, else ``"auto"``.
+
+    Returns:
+        The attended volume, in the shape, dtype and memory format of ``value``.
+
+    Raises:
+        TypeError: if an argument is not a floating-point tensor, or the dtypes differ.
+        ValueError: if a shape, device, axis or backend name does not fit.
+    """
+    _check_volume("query", query)
+    for name, volume in (("key", key), ("value", value)):
+        _check_volume(name, volume)
+        _check_same("shape", name, tuple(volume.shape), "query", tuple(query.shape))
+        _check_same("device", name, volume.device, "query", query.device)
+        if volume.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+            raise TypeError(f"{name} has dtype {volume.dtype}, but must have that of query, {query.dtype}")
+    dim = normalize_axis(axis)
+    return ops.attention(query, key, value, dim, float(scale), requested(backend))[0]
 
 
 def recurrent_slice_attention(
-    x, theta_weight, theta_bias, phi_weight, phi_bias, g_weight, g_bias, betas,
-    axes=(3, 4, 2), *, scale=1.0, recompute=False, return_maps=False, backend=None,
-):
-    c = x.shape[1]
-    b = torch.stack(list(betas)) if isinstance(betas, Sequence) or not isinstance(betas, Tensor) else betas
-    out, maps, _ = reference.recurrent_slice_attention(
-        x, theta_weight.reshape(c, c), theta_bias, phi_weight.reshape(c, c), phi_bias,
-        g_weight.reshape(c, c), g_bias, b, axes, scale)
+    x: Tensor,
+    theta_weight: Tensor,
+    theta_bias: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    g_weight: Tensor,
+    g_bias: Tensor,
+    betas: Tensor | Sequence[Tensor],
+    axes: Sequence[int | str] = (3, 4, 2),
+    *,
+    scale: float = 1.0,
+    recompute: bool = False,
+    return_maps: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, list[Tensor]]:
+    """The recurrent slice-wise attention block: one residual attention step after another, with shared projections.
+
+    Each step computes ``x + beta * attention(theta(x), phi(x), g(x))`` along its axis (Zhang et al., "RSANet",
+    MICCAI 2019, section 2.2). The default order is the published code's: coronal, sagittal, axial. Differentiable
+    once. Under autocast ``x`` takes the autocast dtype and the weights keep theirs.
+
+    Args:
+        x: ``(N, C, D, H, W)``, float64, float32, bfloat16 or float16, any strides.
+        theta_weight: query projection, ``(C, C)`` or ``(C, C, 1, 1, 1)``, in ``x``'s dtype or float32.
+        theta_bias: ``(C,)``.
+        phi_weight: key projection, like ``theta_weight``.
+        phi_bias: ``(C,)``; it cancels in the softmax, and its gradient is exactly zero.
+        g_weight: value projection, like ``theta_weight``.
+        g_bias: ``(C,)``.
+        betas: one scale per axis: scalar tensors, or a tensor ``(len(axes),)``.
+        axes: spatial axes in the order of the steps: dims or names, see :func:`slice_attention`.
+        scale: factor on the logits.
+        recompute: keep only ``x`` and the maps for backward, and make the inner steps' inputs again there.
+        return_maps: also return the attention maps, for looking at: no gradient flows through them.
+        backend: see :func:`slice_attention`.
+
+    Returns:
+        The output, in the shape, dtype and memory format of ``x``; with ``return_maps`` also one map ``(N, S, S)``
+        per axis, float32 (float64 for float64), whose rows sum to one.
+
+    Raises:
+        TypeError: if an argument is not a floating-point tensor, or the dtypes do not fit.
+        ValueError: if a shape, device, axis or backend name does not fit.
+    """
+    _check_volume("x", x)
+    channels = x.shape[1]
+    weights = {"theta": (theta_weight, theta_bias), "phi": (phi_weight, phi_bias), "g": (g_weight, g_bias)}
+    tensors = []
+    for name, (weight, bias) in weights.items():
+        tensors.append(_check_matrix(f"{name}_weight", weight, channels, x))
+        _check_parameter(f"{name}_bias", bias, x)
+        if bias.shape != (channels,):
+            raise ValueError(
+                f"{name}_bias has shape {tuple(bias.shape)}, but must have ({channels},), one per channel of x"
+            )
+        tensors.append(bias)
+    dims = [normalize_axis(axis) for axis in _listed("axes", axes)]
+    if not dims:
+        raise ValueError("axes is empty, but must name at least one axis")
+    out, maps, _ = ops.block(
+        x,
+        *tensors,
+        _check_betas(betas, len(dims), x),
+        dims,
+        float(scale),
+        torch.is_grad_enabled() and not recompute,
+        requested(backend),
+    )
     return (out, maps) if return_maps else out
+
+
+def _check_volume(name: str, volume: object) -> None:
+    if not isinstance(volume, Tensor):
+        raise TypeError(f"{name} is a {type(volume).__name__}, but must be a tensor (N, C, D, H, W)")
+    if volume.dim() != 5:
+        raise ValueError(f"{name} has shape {tuple(volume.shape)}, but must have five dims (N, C, D, H, W)")
+    if volume.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {volume.dtype}, but must be float64, float32, bfloat16 or float16")
+    if volume.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(volume.shape)}, but no dim may be empty")
+
+
+def _check_parameter(name: str, parameter: object, x: Tensor) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{name} is a {type(parameter).__name__}, but must be a tensor")
+    if parameter.dtype not in (x.dtype, torch.float32) and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name} has dtype {parameter.dtype}, but must have that of x, {x.dtype}, or float32")
+    _check_same("device", name, parameter.device, "x", x.device)
+
+
+def _check_matrix(name: str, weight: object, channels: int, x: Tensor) -> Tensor:
+    _check_parameter(name, weight, x)
+    if weight.shape not in ((channels, channels), (channels, channels, 1, 1, 1)):
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}, but must have ({channels}, {channels}) or "
+            f"({channels}, {channels}, 1, 1, 1) for x with {channels} channels"
+        )
+    return weight.view(channels, channels)
+
+
+def _check_betas(betas: object, steps: int, x: Tensor) -> Tensor:
+    if not isinstance(betas, Tensor):
+        betas = _listed("betas", betas)
+        for index, beta in enumerate(betas):
+            _check_parameter(f"betas[{index}]", beta, x)
+            if beta.numel() != 1:
+                raise ValueError(f"betas[{index}] has shape {tuple(beta.shape)}, but must be a scalar tensor")
+        if len(betas) != steps:
+            raise ValueError(f"betas has {len(betas)} entries, but axes has {steps}: give one beta per axis")
+        return torch.stack([beta.reshape(()) for beta in betas])
+    _check_parameter("betas", betas, x)
+    if betas.shape != (steps,):
+        raise ValueError(
+            f"betas has shape {tuple(betas.shape)}, but axes has {steps} entries: give one beta per axis, ({steps},)"
+        )
+    return betas
+
+
+def _check_same(what: str, name: str, given: object, other: str, wanted: object) -> None:
+    if given != wanted:
+        raise ValueError(f"{name} has {what} {given}, but must have that of {other}, {wanted}")
+
+
+def _listed(name: str, values: object) -> list:
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} is {values!r}, but must be a sequence with one entry per step")
+    return list(values)

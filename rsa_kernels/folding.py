@@ -5,8 +5,34 @@ The softmax runs over the key index ``j``, so terms of the logits that do not de
 ``phi_bias`` has no influence at all, and its gradient is exactly zero.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Projections(NamedTuple):
+    """The published weights of a block, matrices ``(C, C)`` and biases ``(C,)``, in the order of the operators."""
+
+    theta_weight: Tensor
+    theta_bias: Tensor
+    phi_weight: Tensor
+    phi_bias: Tensor
+    g_weight: Tensor
+    g_bias: Tensor
+
+
+class Gradients(NamedTuple):
+    """One entry for each differentiable input of a block: whether its gradient is needed, or the gradient."""
+
+    x: Tensor | bool | None
+    theta_weight: Tensor | bool | None
+    theta_bias: Tensor | bool | None
+    phi_weight: Tensor | bool | None
+    phi_bias: Tensor | bool | None
+    g_weight: Tensor | bool | None
+    g_bias: Tensor | bool | None
+    betas: Tensor | bool | None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

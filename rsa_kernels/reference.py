@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv3d
 
-from rsa_kernels import folding
+from rsa_kernels.folding import Gradients, Projections, accumulation_dtype
 
 
 def attention_map(query: Tensor, key: Tensor, axis: int, scale: float = 1.0) -> Tensor:
@@ -30,7 +31,7 @@ def attention_map(query: Tensor, key: Tensor, axis: int, scale: float = 1.0) -> 
     Returns:
         ``(N, S, S)``, float32 (float64 for float64 volumes); rows sum to one.
     """
-    precise = folding.accumulation_dtype(query.dtype)
+    precise = accumulation_dtype(query.dtype)
     rows = query.movedim(axis, 1).flatten(2).to(precise)
     columns = key.movedim(axis, 1).flatten(2).to(precise)
     return torch.softmax(scale * (rows @ columns.transpose(1, 2)), dim=-1)
@@ -40,7 +41,7 @@ def mix_slices(attention: Tensor, value: Tensor, axis: int) -> Tensor:
     """``Y_i = sum_j A_ij V_j`` for maps ``(N, S, S)`` and a volume ``(N, C, D, H, W)``."""
     slices = value.movedim(axis, 1)
     mixed = attention @ slices.flatten(2).to(attention.dtype)
-    return mixed.to(value.dtype).reshape(slices.shape).movedim(1, axis)
+    return mixed.to(value.dtype).view(slices.shape).movedim(1, axis)
 
 
 def slice_attention(
@@ -52,36 +53,65 @@ def slice_attention(
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 1x1x1 convolution: ``(N, C, D, H, W)`` with weight ``(C, C)`` and bias ``(C,)``."""
-    return torch.nn.functional.conv3d(
-        x, weight.to(x.dtype)[:, :, None, None, None], bias.to(x.dtype)
-    )
+    """A 1x1x1 convolution of ``(N, C, D, H, W)`` with weight ``(C, C)`` and bias ``(C,)``."""
+    return conv3d(x, weight.to(x.dtype)[:, :, None, None, None], bias.to(x.dtype))
 
 
 def recurrent_slice_attention(
     x: Tensor,
-    theta_weight: Tensor,
-    theta_bias: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    g_weight: Tensor,
-    g_bias: Tensor,
+    weights: Projections,
     betas: Tensor,
     axes: Sequence[int] = (3, 4, 2),
     scale: float = 1.0,
+    keep_inputs: bool = True,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The whole block: returns the output, one map per axis, and the input of every step after the first."""
+    """The whole block: returns the output, one map per axis, and what the steps after the first read."""
     maps, inputs = [], []
     for step, axis in enumerate(axes):
-        if step:
+        if keep_inputs and step:
             inputs.append(x)
-        attended, attention = slice_attention(
-            project(x, theta_weight, theta_bias),
-            project(x, phi_weight, phi_bias),
-            project(x, g_weight, g_bias),
-            axis,
-            scale,
-        )
+        query = project(x, weights.theta_weight, weights.theta_bias)
+        key = project(x, weights.phi_weight, weights.phi_bias)
+        value = project(x, weights.g_weight, weights.g_bias)
+        attended, attention = slice_attention(query, key, value, axis, scale)
         x = x + betas[step].to(x.dtype) * attended
         maps.append(attention)
     return x, maps, inputs
+
+
+def recurrent_slice_attention_backward(
+    grad: Tensor,
+    x: Tensor,
+    inputs: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    weights: Projections,
+    betas: Tensor,
+    axes: Sequence[int],
+    scale: float,
+    needs: Gradients,
+) -> Gradients:
+    """Differentiates the equations as they stand: the forward pass again, under autograd.
+
+    ``phi_bias`` adds the same to all logits of a row, so its gradient is zero; autograd finds rounding noise there.
+    """
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, *weights, betas)]
+    with torch.enable_grad():
+        out, _, _ = recurrent_slice_attention(leaves[0], Projections(*leaves[1:-1]), leaves[-1], axes, scale)
+        grads = torch.autograd.grad(out, leaves, grad)
+    return Gradients(*grads)._replace(phi_bias=torch.zeros_like(weights.phi_bias))
+
+
+def slice_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention: Tensor,
+    axis: int,
+    scale: float,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Differentiates the equations as they stand, like :func:`recurrent_slice_attention_backward`."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    with torch.enable_grad():
+        return list(torch.autograd.grad(slice_attention(*leaves, axis, scale)[0], leaves, grad))

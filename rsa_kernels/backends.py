@@ -1,0 +1,107 @@
+"""Which backends there are, which one runs a volume, and the sentence that says why another does not.
+
+A reason is one text wherever it appears: in :func:`available_backends`, in :func:`explain`, and in the error that an
+explicit choice raises.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+
+from rsa_kernels import folded, reference
+
+AUTO = "auto"
+ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
+
+# In the order of preference: `auto` takes the first that can run a volume.
+_MODULES: dict[str, ModuleType] = {"torch": folded, "reference": reference}
+
+# Innermost last. A plain list of the process, not of a thread: the compiler can then guard on it, and backward passes,
+# which run on threads of their own, need not look.
+_choices: list[str] = []
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend of this package.
+
+    Returns:
+        Name to ``None`` where the backend is usable on this machine, else to the reason in a sentence.
+    """
+    return dict.fromkeys(_MODULES)
+
+
+def known(name: object) -> str:
+    """Returns a backend's name, or raises ValueError if there is none of that name."""
+    if name != AUTO and name not in _MODULES:
+        raise ValueError(f"backend is {name!r}, but must be one of {', '.join([AUTO, *_MODULES])}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Chooses the backend of every call inside the ``with`` block that does not name one itself.
+
+    Blocks nest, and the former choice returns when one is left, by an exception too. The choice holds for the whole
+    process, all threads. A backward pass runs on the backend of its forward pass, wherever it is called.
+
+    Args:
+        name: a key of :func:`available_backends`, or ``"auto"``.
+
+    Raises:
+        ValueError: if there is no backend of that name.
+    """
+    _choices.append(known(name))
+    try:
+        yield
+    finally:
+        _choices.pop()
+
+
+def requested(argument: str | None) -> str:
+    """The name in force: the argument, then :func:`use_backend`, then the environment variable, then ``auto``."""
+    if argument is not None:
+        return known(argument)
+    if _choices:
+        return _choices[-1]
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    if name != AUTO and name not in _MODULES:
+        raise ValueError(
+            f"the environment variable {ENVIRONMENT_VARIABLE} is {name!r}, but must be one of "
+            f"{', '.join([AUTO, *_MODULES])}"
+        )
+    return name
+
+
+def load(name: str, x: Tensor, axes: Sequence[int]) -> ModuleType:
+    """The module that runs ``x``: the one that was asked for, or the first that can."""
+    return _MODULES[explain(x, axes).backend if name == AUTO else name]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend that ``auto`` chooses for a volume, and why each other one is not chosen."""
+
+    backend: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: runs this volume"]
+        return "\n".join(lines + [f"{name}: {reason}" for name, reason in self.others.items()])
+
+
+def explain(x: Tensor, axes: Sequence[int] = (3, 4, 2)) -> Explanation:
+    """Says which backend would run a volume, and why each other one would not.
+
+    Args:
+        x: the volume ``(N, C, D, H, W)``; only its shape, dtype, strides and device matter.
+        axes: the axes of the block, in order.
+
+    Returns:
+        The chosen backend and the reasons, readable with ``print``.
+    """
+    choice, *rest = _MODULES
+    return Explanation(choice, {name: f"can run this volume, but {choice} is faster" for name in rest})

@@ -1,0 +1,329 @@
+"""The operators that every backend stands behind: schemas, fake kernels, autocast, autograd, FLOP counts.
+
+A block crosses this boundary once, whatever the number of its axes. The kernels are opaque to the compiler; what
+they need to be compiled, exported, differentiated and counted is stated here, once, in Python.
+
+The contract of a backend module:
+
+    recurrent_slice_attention(x, weights, betas, axes, scale, keep_inputs) -> out, maps, inputs
+        ``x`` ``(N, C, D, H, W)``; ``weights`` a :class:`~rsa_kernels.folding.Projections`; ``betas`` ``(len(axes),)``.
+        ``out`` has ``x``'s dtype and memory format; ``maps`` is one ``(N, S, S)`` per axis, float32 (float64 for
+        float64); ``inputs`` holds what steps 2, 3, ... read if ``keep_inputs``, else nothing.
+    recurrent_slice_attention_backward(grad, x, inputs, maps, weights, betas, axes, scale, needs) -> Gradients
+        ``grad`` may have any strides and must not be written to; missing ``inputs`` are made again from the maps.
+    slice_attention(query, key, value, axis, scale) -> out, map
+    slice_attention_backward(grad, query, key, value, attention, axis, scale, needs) -> three gradients or None
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from rsa_kernels import backends
+from rsa_kernels.folding import Gradients, Projections, accumulation_dtype
+
+_WEIGHTS = ", ".join(f"Tensor {name}" for name in Projections._fields)
+
+library = torch.library.Library("rsa_kernels", "DEF")
+library.define(
+    f"block(Tensor x, {_WEIGHTS}, Tensor betas, int[] axes, float scale, bool keep_inputs, str backend)"
+    " -> (Tensor out, Tensor[] maps, Tensor[] inputs)"
+)
+library.define(
+    f"block_backward(Tensor grad, Tensor x, Tensor[] inputs, Tensor[] maps, {_WEIGHTS}, Tensor betas, int[] axes,"
+    " float scale, bool[] needs, str backend) -> Tensor[]"
+)
+library.define(
+    "attention(Tensor query, Tensor key, Tensor value, int axis, float scale, str backend)"
+    " -> (Tensor out, Tensor map)"
+)
+library.define(
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor attention, int axis,"
+    " float scale, bool[] needs, str backend) -> Tensor[]"
+)
+
+block = torch.ops.rsa_kernels.block.default
+block_backward = torch.ops.rsa_kernels.block_backward.default
+attention = torch.ops.rsa_kernels.attention.default
+attention_backward = torch.ops.rsa_kernels.attention_backward.default
+
+
+# Kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _conform(result: Tensor, like: Tensor) -> Tensor:
+    """Gives a result the dtype and strides of ``torch.empty_like(like)``, which the fake kernels promise."""
+    if result.dtype == like.dtype and result.stride() == torch.empty_like(like, device="meta").stride():
+        return result
+    return torch.empty_like(like).copy_(result)
+
+
+def _block(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *tensors, betas, axes, scale, keep_inputs, backend = args
+    kernels = backends.load(backend, x, axes)
+    out, maps, inputs = kernels.recurrent_slice_attention(
+        x, Projections(*tensors), betas, axes, scale, keep_inputs
+    )
+    return _conform(out, x), maps, [_conform(inner, x) for inner in inputs]
+
+
+def _block_backward(
+    grad: Tensor, x: Tensor, inputs: list[Tensor], maps: list[Tensor], *args: Any
+) -> list[Tensor]:
+    *tensors, betas, axes, scale, needs, backend = args
+    kernels = backends.load(backend, x, axes)
+    grads = kernels.recurrent_slice_attention_backward(
+        grad, x, inputs, maps, Projections(*tensors), betas, axes, scale, Gradients(*needs)
+    )
+    wanted = zip(grads, (x, *tensors, betas), needs, strict=True)
+    return [_conform(gradient, tensor) for gradient, tensor, need in wanted if need]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    kernels = backends.load(backend, query, [axis])
+    out, weights = kernels.slice_attention(query, key, value, axis, scale)
+    return _conform(out, value), weights
+
+
+def _attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention: Tensor,
+    axis: int,
+    scale: float,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    kernels = backends.load(backend, query, [axis])
+    grads = kernels.slice_attention_backward(grad, query, key, value, attention, axis, scale, needs)
+    wanted = zip(grads, (query, key, value), needs, strict=True)
+    return [_conform(gradient, tensor) for gradient, tensor, need in wanted if need]
+
+
+for _name, _kernel in {
+    "block": _block,
+    "block_backward": _block_backward,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+}.items():
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+# Fake kernels: shapes, dtypes and strides without data -------------------------------------------------------------
+
+
+def _fake_map(x: Tensor, axis: int) -> Tensor:
+    size = x.shape[axis]
+    return x.new_empty((x.shape[0], size, size), dtype=accumulation_dtype(x.dtype))
+
+
+def _fake_block(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *_, axes, _scale, keep_inputs, _backend = args
+    inputs = [torch.empty_like(x) for _ in axes[1:]] if keep_inputs else []
+    return torch.empty_like(x), [_fake_map(x, axis) for axis in axes], inputs
+
+
+def _fake_block_backward(
+    grad: Tensor, x: Tensor, inputs: list[Tensor], maps: list[Tensor], *args: Any
+) -> list[Tensor]:
+    *tensors, _axes, _scale, needs, _backend = args
+    return [torch.empty_like(tensor) for tensor, need in zip((x, *tensors), needs, strict=True) if need]
+
+
+def _fake_attention(
+    query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(value), _fake_map(query, axis)
+
+
+def _fake_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attention: Tensor, *args: Any
+) -> list[Tensor]:
+    _axis, _scale, needs, _backend = args
+    return [torch.empty_like(tensor) for tensor, need in zip((query, key, value), needs, strict=True) if need]
+
+
+torch.library.register_fake("rsa_kernels::block", _fake_block, lib=library)
+torch.library.register_fake("rsa_kernels::block_backward", _fake_block_backward, lib=library)
+torch.library.register_fake("rsa_kernels::attention", _fake_attention, lib=library)
+torch.library.register_fake("rsa_kernels::attention_backward", _fake_attention_backward, lib=library)
+
+
+# Autograd --------------------------------------------------------------------------------------------------------
+
+
+def _differentiable(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, axes: list[int], scale: float, keep_inputs: bool, backend: str, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, maps, inputs = block(x, *tensors, axes, scale, keep_inputs, backend)
+        ctx.save_for_backward(x, *tensors, *maps, *inputs)
+        ctx.arguments = (axes, scale, backend)
+        ctx.mark_non_differentiable(*maps)
+        ctx.set_materialize_grads(False)
+        return out, *maps, *inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (4 + len(Gradients._fields))
+        axes, scale, backend = ctx.arguments
+        x, *saved = ctx.saved_tensors
+        count = len(Gradients._fields) - 1
+        tensors, maps, inputs = saved[:count], saved[count : count + len(axes)], saved[count + len(axes) :]
+        needs = list(ctx.needs_input_grad[4:])
+        grads = iter(block_backward(grad, x, inputs, maps, *tensors, axes, scale, needs, backend))
+        return None, None, None, None, *(next(grads) if need else None for need in needs)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, axis: int, scale: float, backend: str, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, weights = attention(query, key, value, axis, scale, backend)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.arguments = (axis, scale, backend)
+        ctx.mark_non_differentiable(weights)
+        ctx.set_materialize_grads(False)
+        return out, weights
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        axis, scale, backend = ctx.arguments
+        needs = list(ctx.needs_input_grad[3:])
+        grads = iter(attention_backward(grad, *ctx.saved_tensors, axis, scale, needs, backend))
+        return None, None, None, *(next(grads) if need else None for need in needs)
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Carries gradients that were made with ``create_graph=True``; refuses when they are differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable[[], list[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(call())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "slice-wise attention was differentiated twice, but its kernels have a first derivative only: call "
+            "rsa_kernels.reference.recurrent_slice_attention or .slice_attention, which are plain PyTorch, where a "
+            "second derivative is needed"
+        )
+
+
+def _block_autograd(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *tensors, axes, scale, keep_inputs, backend = args
+    if not _differentiable((x, *tensors)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return block(x, *tensors, axes, scale, keep_inputs, backend)
+    out, *rest = _Block.apply(axes, scale, keep_inputs, backend, x, *tensors)
+    return out, rest[: len(axes)], rest[len(axes) :]
+
+
+def _attention_autograd(
+    query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    if not _differentiable((query, key, value)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return attention(query, key, value, axis, scale, backend)
+    return _Attention.apply(axis, scale, backend, query, key, value)
+
+
+def _once_only(operator: Callable) -> Callable:
+    def call(*args: Any) -> list[Tensor]:
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        if not _differentiable(tensors):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
+        return list(_OnceOnly.apply(lambda: operator(*args), *tensors))
+
+    return call
+
+
+library.impl("block", _block_autograd, "Autograd")
+library.impl("attention", _attention_autograd, "Autograd")
+library.impl("block_backward", _once_only(block_backward), "Autograd")
+library.impl("attention_backward", _once_only(attention_backward), "Autograd")
+
+
+# Autocast: volumes take the region's dtype, as for a convolution; weights stay as precise as they are --------------
+
+
+def _register_autocast(device: str) -> None:
+    key = f"Autocast{device.upper()}"
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = (
+            tensor.device.type == device and tensor.is_floating_point() and tensor.dtype != torch.float64
+        )
+        return tensor.to(torch.get_autocast_dtype(device)) if eligible else tensor
+
+    def block_rule(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return block(cast(x), *args)
+
+    def attention_rule(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return attention(cast(query), cast(key), cast(value), *args)
+
+    library.impl("block", block_rule, key)
+    library.impl("attention", attention_rule, key)
+
+
+for _device in ("cpu", "cuda"):
+    _register_autocast(_device)
+
+
+# FLOP counts (a multiply-add is two) -------------------------------------------------------------------------------
+
+
+def _step_flops(shape: Sequence[int], axes: Sequence[int], projections: int, mixes: int) -> int:
+    """``2 C^2 V`` for a product with the weights, ``2 S C V`` for one with a map, over all axes."""
+    batch, channels, *sizes = shape
+    voxels = batch * channels * sizes[0] * sizes[1] * sizes[2]
+    return sum(2 * voxels * (projections * channels + mixes * sizes[axis - 2]) for axis in axes)
+
+
+@register_flop_formula(torch.ops.rsa_kernels.block)
+def _block_flops(x_shape: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    *_, axes, _scale, _keep_inputs, backend = args
+    return _step_flops(x_shape, axes, projections=3 if backend == "reference" else 2, mixes=2)
+
+
+@register_flop_formula(torch.ops.rsa_kernels.block_backward)
+def _block_backward_flops(grad_shape: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    *_, axes, _scale, _needs, _backend = args
+    return _step_flops(grad_shape, axes, projections=6, mixes=4)
+
+
+@register_flop_formula(torch.ops.rsa_kernels.attention)
+def _attention_flops(query_shape: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    _key, _value, axis, *_ = args
+    return _step_flops(query_shape, [axis], projections=0, mixes=2)
+
+
+@register_flop_formula(torch.ops.rsa_kernels.attention_backward)
+def _attention_backward_flops(
+    grad_shape: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    *_, axis, _scale, needs, _backend = args
+    return _step_flops(grad_shape, [axis], projections=0, mixes=bool(needs[0] or needs[1]) + sum(needs))
