@@ -1,0 +1,328 @@
+"""Cases on disk, and what happens to them before the network sees them.
+
+A reader of a layout returns `Case` objects, complete or not; nothing after it knows a layout.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    CropForegroundd,
+    EnsureTyped,
+    FgBgToIndicesd,
+    Orientationd,
+    RandAffined,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    RandGaussianNoised,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+    SelectItemsd,
+    Spacingd,
+    SpatialPadd,
+    SpatialResample,
+    Transform,
+)
+from torch import Tensor
+
+SUFFIXES = (".nii.gz", ".nii")
+
+# Stored as (z, y, x), the network's axis names are anatomically true: "axial" runs from inferior to superior.
+ORIENTATION = "SAR"
+
+# The order of channels where the user names none; other contrasts follow alphabetically.
+CONTRASTS = ("FLAIR", "T1w", "T2w")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One subject: an image file per contrast, in channel order, and a lesion mask where there is one."""
+
+    id: str
+    images: dict[str, Path] = field(default_factory=dict)
+    mask: Path | None = None
+
+
+# --- reading volumes ----------------------------------------------------------------------------------------
+
+
+def stem(path: Path) -> str:
+    """The file name without ``.nii`` or ``.nii.gz``."""
+    return re.sub(r"\.nii(\.gz)?$", "", path.name)
+
+
+def read_volume(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """Reads a 3-D NIfTI file, or says in one sentence why it cannot serve.
+
+    Returns:
+        The scaled voxels as float32, and the image for its affine and header.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: check the name of the file.")
+    if path.is_dir() or not path.name.endswith(SUFFIXES):
+        raise ValueError(f"{path} is not a NIfTI file: give a file that ends in .nii or .nii.gz.")
+    try:
+        image = nib.load(path)
+        voxels = np.asarray(image.dataobj)
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be opened: permission denied.") from error
+    except Exception as error:  # nibabel, gzip and zlib raise a dozen types for a damaged file
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{path} cannot be read as NIfTI: it is damaged or something else ({reason}).") from error
+    while voxels.ndim > 3 and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]
+    if voxels.ndim != 3:
+        raise ValueError(f"{path} has {voxels.ndim} dimensions {voxels.shape}: give one 3-D volume per file.")
+    if voxels.size == 0:
+        raise ValueError(f"{path} has no voxels {voxels.shape}: give a volume with an extent along every axis.")
+    if voxels.dtype.kind not in "biuf":
+        raise ValueError(f"{path} stores {voxels.dtype} voxels: give a volume with one real number per voxel.")
+    affine = image.affine
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(f"{path} has an affine that maps no volume to space: repair its header.")
+    voxels = voxels.astype(np.float32)
+    bad = int(np.count_nonzero(~np.isfinite(voxels)))
+    if bad:
+        raise ValueError(f"{path} has {bad} voxels that are NaN or infinite: replace them, for example by 0.")
+    return voxels, image
+
+
+def read_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """Reads a contrast, which must not be the same everywhere."""
+    voxels, image = read_volume(path)
+    if voxels.min() == voxels.max():
+        raise ValueError(f"{path} is empty: every voxel is {voxels.flat[0]:g}.")
+    return voxels, image
+
+
+def same_grid(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
+    """Whether two images have the same voxels in space, by their headers, to a thousandth of a mm."""
+    return one.shape[:3] == other.shape[:3] and np.allclose(one.affine, other.affine, rtol=0, atol=1e-3)
+
+
+# --- finding cases ------------------------------------------------------------------------------------------
+
+
+def read_bids(folder: Path) -> list[Case]:
+    """Cases of ``sub-*/anat/*_CONTRAST.nii.gz``, masks in ``derivatives/*/sub-*/anat/*label-lesion*_mask.nii.gz``."""
+    cases = []
+    for subject in sorted(path for path in folder.glob("sub-*") if path.is_dir()):
+        files = sorted(path for path in (subject / "anat").glob("*") if path.name.endswith(SUFFIXES))
+        images = {stem(path).rpartition("_")[2]: path for path in files}
+        masks = [
+            path
+            for path in sorted(folder.glob(f"derivatives/*/{subject.name}/anat/*_mask.nii*"))
+            if "label-lesion" in path.name and path.name.endswith(SUFFIXES)
+        ]
+        cases.append(Case(subject.name, images, masks[0] if masks else None))
+    return cases
+
+
+def list_cases(path: str | Path, contrasts: Sequence[str] | None = None) -> tuple[list[Case], list[str]]:
+    """All the cases of a data set, complete or not.
+
+    Args:
+        path: folder of the data set.
+        contrasts: the wanted contrasts in channel order; None takes every contrast that occurs.
+
+    Returns:
+        The cases, each with those of the wanted contrasts that it has, and the wanted contrasts.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder: give the folder of a cohort, with sub-*/anat/ inside.")
+    cases = read_bids(path)
+    if not cases:
+        raise ValueError(f"{path} has no cases: expected images named sub-001/anat/sub-001_FLAIR.nii.gz inside.")
+    if contrasts is None:
+        found = {name for case in cases for name in case.images}
+        contrasts = sorted(found, key=lambda name: (CONTRASTS.index(name) if name in CONTRASTS else 99, name))
+    return [
+        replace(case, images={name: case.images[name] for name in contrasts if name in case.images}) for case in cases
+    ], list(contrasts)
+
+
+def check_case(case: Case, contrasts: Sequence[str], *, require_mask: bool) -> None:
+    """Reads every file of a case once and raises on the first that cannot serve."""
+    missing = [name for name in contrasts if name not in case.images]
+    if missing or not contrasts:
+        raise ValueError(f"{case.id} has no {' and no '.join(missing) or 'images'}.")
+    images = [read_image(path)[1] for path in case.images.values()]
+    if not require_mask:
+        return
+    if case.mask is None:
+        raise ValueError(f"{case.id} has no lesion mask.")
+    mask = read_volume(case.mask)[1]
+    if not same_grid(images[0], mask):
+        name, shape = contrasts[0], "×".join(map(str, mask.shape[:3]))
+        raise ValueError(
+            f"{case.mask} ({shape}) is on another grid than the {name} image "
+            f"({'×'.join(map(str, images[0].shape[:3]))}): put the contrast it was drawn on first in --contrasts."
+        )
+
+
+def find_cases(path: str | Path, contrasts: Sequence[str] | None = None, *, require_mask: bool) -> list[Case]:
+    """The cases of a data set, every file of them read and found good.
+
+    Args:
+        path: folder of the data set.
+        contrasts: the wanted contrasts in channel order; None wants every contrast that occurs.
+        require_mask: whether a case needs a lesion mask on the grid of its first contrast.
+
+    Raises:
+        ValueError: naming every case that cannot serve, each with its reason.
+    """
+    cases, contrasts = list_cases(path, contrasts)
+    problems = []
+    for case in cases:
+        try:
+            check_case(case, contrasts, require_mask=require_mask)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(f"{len(problems)} of {len(cases)} cases in {path} cannot be used:\n  " + "\n  ".join(problems))
+    return cases
+
+
+def is_simulated(path: str | Path) -> bool:
+    """Whether a path is in a cohort of `rsanet simulate`, by the ``dataset_description.json`` above it."""
+    path = Path(path).resolve()
+    for folder in (path, *path.parents):
+        description = folder / "dataset_description.json"
+        if description.is_file():
+            made_by = json.loads(description.read_text()).get("GeneratedBy") or [{}]
+            if any(entry.get("Name") == "rsanet simulate" for entry in made_by):
+                return True
+    return False
+
+
+# --- preparing volumes --------------------------------------------------------------------------------------
+
+
+def foreground(image: Tensor) -> Tensor:
+    """Where each channel of ``(C, D, H, W)`` shows tissue, not background.
+
+    The background of a skull-stripped or normalized image is exactly zero. Elsewhere it is air, with noise, and
+    tissue is what is brighter than a tenth of the 99th percentile.
+    """
+    masks = []
+    for channel in image:
+        voxels = np.asarray(channel)
+        zero = voxels == 0
+        air = voxels.min() >= 0 and zero.mean() < 0.02
+        masks.append(torch.from_numpy(voxels > 0.1 * np.percentile(voxels, 99) if air else ~zero))
+    return torch.stack(masks)
+
+
+class LoadCase(Transform):
+    """Reads a `Case`: ``image`` ``(C, ...)`` on the grid of its first contrast, and ``mask`` ``(1, ...)``."""
+
+    def __call__(self, case: Case) -> dict[str, Any]:
+        """Contrasts on other grids are resampled, by their headers."""
+        volumes: list[Tensor] = []
+        grid: nib.Nifti1Image | None = None
+        for path in case.images.values():
+            voxels, image = read_image(path)
+            volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(image.affine))
+            if grid is None:
+                grid = image
+            elif not same_grid(grid, image):
+                volume = SpatialResample(mode="bilinear", padding_mode="zeros")(
+                    volume, dst_affine=torch.from_numpy(grid.affine), spatial_size=grid.shape[:3]
+                )
+            volumes.append(volume.as_tensor().float())
+        if grid is None:
+            raise ValueError(f"{case.id} has no images.")
+        affine = torch.from_numpy(grid.affine)
+        loaded: dict[str, Any] = {"case": case.id, "image": MetaTensor(torch.cat(volumes), affine=affine)}
+        if case.mask is not None:
+            mask = torch.from_numpy((read_volume(case.mask)[0] > 0.5).astype(np.uint8))
+            loaded["mask"] = MetaTensor(mask[None], affine=affine)
+        return loaded
+
+
+class NormalizeForeground(Transform):
+    """Gives the tissue of each channel mean 0 and standard deviation 1; exact zeros stay zero, like padding."""
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Leaves every other entry as it is."""
+        image = data["image"]
+        normalized = []
+        for channel, tissue in zip(image.as_tensor(), foreground(image), strict=True):
+            values = channel[tissue]
+            if values.numel() == 0:
+                raise ValueError(f"{data['case']}: a contrast shows no tissue on the grid of the first contrast.")
+            deviation = values.std(correction=0).clamp_min(1e-6)
+            normalized.append(torch.where(channel == 0, 0.0, (channel - values.mean()) / deviation))
+        result = dict(data)
+        result["image"] = MetaTensor(torch.stack(normalized), meta=image.meta)
+        result["image"].applied_operations = image.applied_operations
+        return result
+
+
+def preprocessing(spacing: Sequence[float] | None = None) -> Compose:
+    """From a `Case` to normalized volumes around the head; the way back is ``monai.transforms.Invertd``.
+
+    Args:
+        spacing: voxel size in mm to resample to, or None to keep the images' own.
+    """
+    keys = ("image", "mask")
+    steps: list[Transform] = [
+        LoadCase(),
+        Orientationd(keys, ORIENTATION, labels=None, allow_missing_keys=True),
+    ]
+    if spacing is not None:
+        steps.append(Spacingd(keys, tuple(spacing), mode=("bilinear", "nearest"), allow_missing_keys=True))
+    steps.append(CropForegroundd(keys, "image", select_fn=foreground, allow_missing_keys=True, allow_smaller=True))
+    steps.append(NormalizeForeground())
+    return Compose(steps)
+
+
+def training_transforms(patch: Sequence[int], spacing: Sequence[float] | None = None) -> Compose:
+    """Preprocessing, which a cache keeps, and then one random patch with light augmentation."""
+    keys, modes = ("image", "mask"), ("bilinear", "nearest")
+    return Compose(
+        [
+            *preprocessing(spacing).transforms,
+            SpatialPadd(keys, patch),
+            FgBgToIndicesd("mask", image_key="image"),
+            EnsureTyped(keys, track_meta=False),
+            RandCropByPosNegLabeld(
+                keys,
+                "mask",
+                patch,
+                pos=1,
+                neg=1,
+                fg_indices_key="mask_fg_indices",
+                bg_indices_key="mask_bg_indices",
+            ),
+            SelectItemsd((*keys, "case")),
+            *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
+            RandAffined(
+                keys,
+                prob=0.2,
+                rotate_range=(0.2, 0.2, 0.2),
+                scale_range=(0.1, 0.1, 0.1),
+                mode=modes,
+                padding_mode="border",
+            ),
+            RandScaleIntensityd("image", factors=0.1, prob=0.5, channel_wise=True),
+            RandShiftIntensityd("image", offsets=0.1, prob=0.5, channel_wise=True),
+            RandGaussianNoised("image", prob=0.2, std=0.1),
+        ]
+    )
+
+
+def validation_transforms(spacing: Sequence[float] | None = None) -> Compose:
+    """Whole volumes, prepared as at prediction."""
+    return Compose([*preprocessing(spacing).transforms, EnsureTyped(("image", "mask"), track_meta=False)])

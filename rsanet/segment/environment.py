@@ -1,0 +1,145 @@
+"""What there is to compute with: device, precision, memory layout, versions; and why it was chosen."""
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from rsa_kernels import available_backends, explain
+from rsa_kernels.backends import AUTO, requested
+from rsanet.attention import RSABlock
+from rsanet.network import RSANet
+from rsanet.segment.recipe import PRECISIONS
+
+VERSIONS = ("rsanet", "torch", "triton", "numpy", "monai", "lightning", "nibabel")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A precision and the reason for it in words."""
+
+    name: str
+    reason: str
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context to run the network in."""
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.name == "bf16")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is the GPU where torch finds one, else the CPU; any other name has to work as given."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}: give auto, cpu, cuda or cuda:1.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}: give auto, cpu, cuda or cuda:1.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        found = "no CUDA device" if count == 0 else f"{count} CUDA device{'s' if count > 1 else ''}"
+        raise ValueError(f"--device is {name}, but torch {torch.__version__} finds {found} here: give --device cpu.")
+    return device
+
+
+def has_bf16_instructions(device: torch.device) -> bool:
+    """Whether bfloat16 products run in hardware: emulated ones are slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check)
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """``auto`` is bf16 where the hardware multiplies it and fp32 elsewhere."""
+    if name not in PRECISIONS:
+        raise ValueError(f"--precision is {name!r}: give one of {', '.join(PRECISIONS)}.")
+    if name != "auto":
+        return Precision(name, "as asked")
+    if has_bf16_instructions(device):
+        return Precision("bf16", f"this {device.type.upper().replace('CUDA', 'GPU')} multiplies bf16 in hardware")
+    return Precision("fp32", f"this {device.type.upper().replace('CUDA', 'GPU')} has no bf16 matrix instructions")
+
+
+def processor_name() -> str:
+    """The processor's name, from the system where it tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_device(device: torch.device) -> str:
+    """One phrase for the first line of a run."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The layout in which 3-D convolutions are fastest."""
+    return torch.channels_last_3d
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    return versions
+
+
+def attention_backend(network: RSANet, window: Sequence[int], device: torch.device, precision: Precision) -> str:
+    """Name of the backend that runs the network's slice-wise attention on a window, or ``none``."""
+    block = next((module for module in network.modules() if isinstance(module, RSABlock)), None)
+    if block is None:
+        return "none"
+    name = requested(block.backend)
+    if name != AUTO:
+        return name
+    level = network.config["channels"].index(block.channels)
+    size = [-(-width // 2**level) for width in window]
+    dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
+    return explain(torch.empty(1, block.channels, *size, dtype=dtype, device=device)).backend
+
+
+def describe_environment() -> list[tuple[str, str]]:
+    """What `rsanet doctor` prints: versions, hardware, and which attention backends run here or why not."""
+    rows = [*package_versions().items(), ("system", f"{platform.system()} {platform.machine()}")]
+    rows.append(("cpu", f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"))
+    rows.append(("cpu instructions", torch.backends.cpu.get_cpu_capability()))
+    rows.append(("memory", describe_memory()))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append((f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}, but no device answers" if torch.version.cuda else "a CPU build"
+        rows.append(("cuda", f"none: torch {torch.__version__} is {built}"))
+    device = pick_device()
+    rows.append(("device auto", str(device)))
+    rows.append(("precision auto", str(pick_precision("auto", device))))
+    rows += [(f"backend {name}", reason or "usable") for name, reason in available_backends().items()]
+    return rows
+
+
+def describe_memory() -> str:
+    """Installed and available memory, where the system tells."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return "unknown"
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines() if ":" in line}
+    return f"{kilobytes['MemTotal'] / 2**20:.1f} GiB, {kilobytes['MemAvailable'] / 2**20:.1f} GiB available"

@@ -1,0 +1,39 @@
+"""Files that appear whole or not at all."""
+
+import csv
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a file name in a folder that does not exist or cannot be written."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist: create the folder for {path.name} first.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent} is not writable: choose another folder for {path.name}.")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, put in its place on success and removed otherwise."""
+    check_writable(path)
+    # The name keeps its end: writers choose the format by it, and `.nii.gz` is more than a suffix.
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows under the keys of the first."""
+    with written_beside(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

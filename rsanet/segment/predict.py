@@ -1,0 +1,254 @@
+"""Lesion masks from a trained model, in the space of the images they were asked for."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.inferers import sliding_window_inference
+from monai.transforms import Compose, Invertd
+from torch import Tensor, nn
+
+from rsanet.network import RSANet, load_model
+from rsanet.segment.data import SUFFIXES, Case, list_cases, preprocessing, read_volume
+from rsanet.segment.environment import (
+    Precision,
+    attention_backend,
+    describe_device,
+    memory_format,
+    pick_device,
+    pick_precision,
+)
+from rsanet.segment.files import check_writable, write_csv, written_beside
+from rsanet.segment.metrics import label_lesions
+from rsanet.segment.recipe import triple
+
+MODEL_NAME = "model.safetensors"
+MASK_NAME = "{case}_label-lesion_mask.nii.gz"
+
+
+@torch.inference_mode()
+def lesion_probability(
+    network: nn.Module, image: Tensor, roi: Sequence[int], precision: Precision, overlap: float = 0.25
+) -> Tensor:
+    """Probability of lesion at each voxel of whole volumes, from overlapping windows with Gaussian blending.
+
+    Slice-wise attention is global over its window, so the result depends on ``roi``.
+
+    Args:
+        network: a network with background and lesion logits, on the device to compute on.
+        image: ``(N, C, D, H, W)``, normalized.
+        roi: size of the window.
+        precision: what to compute the network in.
+        overlap: share of a window that its neighbour covers too.
+
+    Returns:
+        ``(N, 1, D, H, W)``, float32, on the device of ``image``.
+    """
+    device = next(network.parameters()).device
+
+    def predict_windows(windows: Tensor) -> Tensor:
+        if device.type == "cpu" and len(windows) == 1:
+            # torch leaves narrow convolutions of a single volume to a kernel that is ten times slower.
+            return predict_windows(windows.repeat(2, 1, 1, 1, 1))[:1]
+        with precision.autocast(device):
+            logits = network(windows.contiguous(memory_format=memory_format(device)))
+        return torch.softmax(logits.float(), dim=1)[:, 1:]
+
+    return sliding_window_inference(
+        image,
+        roi,
+        1,
+        predict_windows,
+        overlap=overlap,
+        mode="gaussian",
+        sw_device=device,
+        device=image.device,
+    )
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A trained network with everything it needs to know about images: the model file alone predicts."""
+
+    network: RSANet
+    contrasts: tuple[str, ...]
+    roi: tuple[int, int, int]
+    spacing: tuple[float, float, float] | None
+    device: torch.device
+    precision: Precision
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        roi: Sequence[int] | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> "Segmenter":
+        """Loads a model file, or that of a run folder.
+
+        Args:
+            model: a run folder or a ``.safetensors`` file.
+            roi: size of the window, one or three numbers; None takes the size of the training patches.
+            device: as in `Recipe`.
+            precision: as in `Recipe`.
+        """
+        path = model_file(model)
+        chosen = pick_device(device)
+        network = load_model(path)
+        extra = network.extra
+        if "contrasts" not in extra:
+            raise ValueError(f"{path} does not name the contrasts it was trained on: give a model of `rsanet train`.")
+        window = triple(roi, "--roi") if roi else tuple(extra["roi"])
+        spacing = tuple(extra["spacing"]) if extra["spacing"] else None
+        network = network.to(chosen, memory_format=memory_format(chosen)).eval()
+        return cls(network, tuple(extra["contrasts"]), window, spacing, chosen, pick_precision(precision, chosen))
+
+    @property
+    def backend(self) -> str:
+        """Name of the attention backend that runs a window."""
+        return attention_backend(self.network, self.roi, self.device, self.precision)
+
+    def describe(self) -> str:
+        """The first line of a prediction."""
+        return (
+            f"{describe_device(self.device)}, attention backend {self.backend}, precision {self.precision}, "
+            f"window {'×'.join(map(str, self.roi))}."
+        )
+
+    def probability(self, case: Case) -> np.ndarray:
+        """Probability of lesion on the grid of the case's first image."""
+        transform = preprocessing(self.spacing)
+        data = transform(Case(case.id, case.images))
+        image = data["image"]
+        probability = lesion_probability(self.network, image.as_tensor()[None], self.roi, self.precision)
+        return restore_grid(probability[0], image, transform)
+
+
+def restore_grid(volume: Tensor, image: MetaTensor, transform: Compose) -> np.ndarray:
+    """Takes ``(1, D, H, W)`` from the preprocessed grid of ``image`` back to the grid of its file."""
+    invert = Invertd("volume", transform, orig_keys="image", nearest_interp=False)
+    return invert({"image": image, "volume": MetaTensor(volume)})["volume"][0].numpy()
+
+
+def model_file(model: str | Path) -> Path:
+    """The model file that a run folder or a path to the file itself means."""
+    model = Path(model)
+    path = model / MODEL_NAME if model.is_dir() else model
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give the folder of a finished run, or a .safetensors file.")
+    return path
+
+
+def write_mask(mask: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
+    """Saves a binary mask as uint8 with the grid and header of ``like``."""
+    header = like.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    header["cal_min"], header["cal_max"] = 0, 1
+    with written_beside(path) as partial:
+        nib.save(nib.Nifti1Image(mask.astype(np.uint8), like.affine, header), partial)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a mask holds: a row of ``predictions.csv``."""
+
+    case: str
+    mask: Path
+    lesions: int
+    load_mm3: float
+    seconds: float
+    backend: str
+
+
+def predict_case(segmenter: Segmenter, case: Case, out: str | Path, *, threshold: float = 0.5) -> Prediction:
+    """Writes the lesion mask of a case on the grid of its first image.
+
+    Args:
+        segmenter: the model.
+        case: images by contrast; contrasts beyond the model's are left out.
+        out: file to write, ``.nii`` or ``.nii.gz``.
+        threshold: probability above which a voxel is lesion.
+
+    Returns:
+        The number of 26-connected lesions, their volume by the header, and the time it took.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    if not out.name.endswith(SUFFIXES):
+        raise ValueError(f"{out} is not a name for a mask: end it in .nii.gz.")
+    check_writable(out)
+    missing = [name for name in segmenter.contrasts if name not in case.images]
+    if missing:
+        raise ValueError(f"{case.id} has no {' and no '.join(missing)}.")
+    case = Case(case.id, {name: case.images[name] for name in segmenter.contrasts})
+    mask = segmenter.probability(case) > threshold
+    like = read_volume(case.images[segmenter.contrasts[0]])[1]
+    write_mask(mask, like, out)
+    voxel_mm3 = abs(float(np.linalg.det(like.affine[:3, :3])))
+    return Prediction(
+        case.id,
+        out,
+        label_lesions(mask)[1],
+        round(float(mask.sum()) * voxel_mm3, 1),
+        round(time.perf_counter() - started, 2),
+        segmenter.backend,
+    )
+
+
+def name_images(segmenter: Segmenter, images: Sequence[str | Path]) -> Case:
+    """Files in the order of the model's contrasts, as a case."""
+    if len(images) != len(segmenter.contrasts):
+        wanted = " ".join(segmenter.contrasts)
+        raise ValueError(
+            f"-i has {len(images)} image{'s' if len(images) != 1 else ''}, but this model wants "
+            f"{len(segmenter.contrasts)}: give {wanted}, in this order."
+        )
+    paths = [Path(image) for image in images]
+    return Case(paths[0].name, dict(zip(segmenter.contrasts, paths, strict=True)))
+
+
+def predict_cohort(
+    segmenter: Segmenter,
+    data: str | Path,
+    out: str | Path,
+    *,
+    threshold: float = 0.5,
+    progress: Callable[[int, int, Prediction | str], None] | None = None,
+) -> tuple[list[Prediction], dict[str, str]]:
+    """Writes a mask for every case of a data set, and ``predictions.csv``. A bad case does not stop the others.
+
+    Args:
+        segmenter: the model.
+        data: the data set.
+        out: folder for the masks, created where needed.
+        threshold: probability above which a voxel is lesion.
+        progress: called after each case with its number, the number of cases, and its prediction or what is wrong.
+
+    Returns:
+        The predictions, and the reason for each case without one.
+    """
+    out = Path(out)
+    cases, _ = list_cases(data, segmenter.contrasts)
+    out.mkdir(parents=True, exist_ok=True)
+    predictions: list[Prediction] = []
+    failures: dict[str, str] = {}
+    for number, case in enumerate(cases, start=1):
+        try:
+            prediction = predict_case(segmenter, case, out / MASK_NAME.format(case=case.id), threshold=threshold)
+        except (ValueError, OSError) as error:
+            failures[case.id] = str(error)
+        else:
+            predictions.append(prediction)
+        if progress:
+            progress(number, len(cases), failures.get(case.id) or predictions[-1])
+    if predictions:
+        write_csv(out / "predictions.csv", [{**vars(row), "mask": row.mask.name} for row in predictions])
+    return predictions, failures
