@@ -101,7 +101,7 @@ class Contrast:
 
 CONTRASTS = {
     "FLAIR": Contrast(
-        csf=0.10, grey=0.66, white=0.53, lesion=0.92, hole=0.84, detail=-0.45, rim=0.30, gain=620
+        csf=0.10, grey=0.66, white=0.53, lesion=0.92, hole=0.84, detail=-0.45, rim=0.26, gain=620
     ),
     "T1w": Contrast(csf=0.20, grey=0.60, white=0.90, lesion=0.66, hole=0.38, detail=1.0, rim=-0.04, gain=540),
     "T2w": Contrast(
