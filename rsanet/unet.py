@@ -1,0 +1,299 @@
+"""The building blocks of a 3-D U-Net: convolution blocks, downsampling, upsampling.
+
+Convolutions have no bias, because a norm follows them. Attribute names (``layer.layer.0.conv``, ``down``,
+``up.up.0``) are those of the published network's state_dict.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Norm = str | Sequence[Any]
+
+NORM_OPTIONS = {
+    "group": ("num_groups", "eps", "affine"),
+    "batch": ("eps", "momentum", "affine", "track_running_stats"),
+    "instance": ("eps", "momentum", "affine", "track_running_stats"),
+}
+OPTION_TYPES = {
+    "num_groups": int,
+    "eps": float,
+    "momentum": float,
+    "affine": bool,
+    "track_running_stats": bool,
+}
+
+
+def parse_norm(norm: Norm) -> tuple[str, dict[str, Any]]:
+    """Reads a norm given as MONAI does, a name or a pair of name and options, into the pair.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If the name or an option is unknown, or if the number of groups is missing.
+    """
+    if isinstance(norm, str):
+        name, options = norm, {}
+    elif isinstance(norm, Sequence) and len(norm) == 2 and isinstance(norm[0], str) and isinstance(norm[1], dict):
+        name, options = norm[0], dict(norm[1])
+    else:
+        raise TypeError(f"norm is {norm!r}: give a name or a pair like ('group', {{'num_groups': 8}})")
+    name = name.lower()
+    if name not in NORM_OPTIONS:
+        raise ValueError(f"norm {name!r} is unknown: use one of {list(NORM_OPTIONS)}")
+    for option, value in options.items():
+        if option not in NORM_OPTIONS[name]:
+            raise ValueError(f"norm {name!r} has no option {option!r}: use {list(NORM_OPTIONS[name])}")
+        if type(value) is not OPTION_TYPES[option]:
+            raise TypeError(f"option {option!r} of norm {name!r} is {value!r}: give {OPTION_TYPES[option].__name__}")
+    if name == "group" and options.get("num_groups", 0) < 1:
+        raise ValueError("norm 'group' needs a positive num_groups: write ('group', {'num_groups': 8})")
+    return name, options
+
+
+def make_norm(norm: Norm, channels: int) -> nn.Module:
+    """A normalisation layer for ``channels`` channels.
+
+    Raises:
+        ValueError: If the channels cannot be split into the groups asked for.
+    """
+    name, options = parse_norm(norm)
+    if name == "batch":
+        return nn.BatchNorm3d(channels, **options)
+    if name == "instance":
+        return nn.InstanceNorm3d(channels, **options)
+    groups = options["num_groups"]
+    if channels % groups:
+        raise ValueError(
+            f"{channels} channels cannot be split into {groups} groups: "
+            "choose widths that the number of groups divides, or another norm"
+        )
+    return nn.GroupNorm(num_channels=channels, **options)
+
+
+class ConvUnit(nn.Module):
+    """3x3x3 convolution, norm and ReLU.
+
+    Args:
+        in_channels: channels in.
+        out_channels: channels out.
+        norm: see ``parse_norm``.
+        stride: of the convolution.
+        order: ``"conv-norm-relu"``, ``"conv-norm"`` or ``"norm-relu-conv"``.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: Norm, stride: int = 1, order: str = "conv-norm-relu"
+    ) -> None:
+        super().__init__()
+        self.order = order
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.norm = make_norm(norm, in_channels if order == "norm-relu-conv" else out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the three in their order."""
+        if self.order == "norm-relu-conv":
+            return self.conv(F.relu(self.norm(x), inplace=True))
+        x = self.norm(self.conv(x))
+        return x if self.order == "conv-norm" else F.relu(x, inplace=True)
+
+
+# Dropout drops whole feature maps (neighbouring voxels are too alike for dropping single ones to
+# regularise) and stands between the two convolutions, as in wide residual networks: what leaves a block,
+# the input of skip connections and of attention with its unscaled logits, is never thinned out.
+
+
+class PlainBlock(nn.Module):
+    """Two convolutions, one after the other."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(
+            ConvUnit(in_channels, out_channels, norm), ConvUnit(out_channels, out_channels, norm)
+        )
+        self.dropout = nn.Dropout3d(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in, D, H, W)`` to ``(N, out, D, H, W)``."""
+        return self.layer[1](self.dropout(self.layer[0](x)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut around them, activated after the sum (He et al., CVPR 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm, dropout: float = 0.0, stride: int = 1) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(
+            ConvUnit(in_channels, out_channels, norm, stride),
+            ConvUnit(out_channels, out_channels, norm, order="conv-norm"),
+        )
+        self.dropout = nn.Dropout3d(dropout)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv3d(in_channels, out_channels, 1, stride=stride, bias=False),
+                make_norm(norm, out_channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in, D, H, W)`` to ``(N, out, ...)``, halved (rounded up) with stride 2."""
+        return F.relu(self.layer[1](self.dropout(self.layer[0](x))) + self.shortcut(x))
+
+
+class PreActivationBlock(nn.Module):
+    """Two convolutions, each after its norm and activation, and a shortcut (He et al., ECCV 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(
+            ConvUnit(in_channels, out_channels, norm, order="norm-relu-conv"),
+            ConvUnit(out_channels, out_channels, norm, order="norm-relu-conv"),
+        )
+        self.dropout = nn.Dropout3d(dropout)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv3d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in, D, H, W)`` to ``(N, out, D, H, W)``."""
+        return self.layer[1](self.dropout(self.layer[0](x))) + self.shortcut(x)
+
+
+BLOCKS = {"plain": PlainBlock, "residual": ResidualBlock, "pre_activation": PreActivationBlock}
+DOWNSAMPLINGS = ("conv", "residual", "max_pool")
+UPSAMPLINGS = ("nearest", "trilinear", "transposed")
+
+
+class ConvBlock(nn.Module):
+    """The convolutions of one level, of the kind asked for.
+
+    Args:
+        in_channels: channels in.
+        out_channels: channels out.
+        norm: see ``parse_norm``.
+        kind: a key of ``BLOCKS``.
+        dropout: probability of dropping a feature map between the two convolutions.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: Norm, kind: str = "plain", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.layer = BLOCKS[kind](in_channels, out_channels, norm, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in, D, H, W)`` to ``(N, out, D, H, W)``."""
+        return self.layer(x)
+
+
+class Downsample(nn.Module):
+    """Halves every spatial size: rounded up by the convolutions, rounded down by the max-pool.
+
+    Args:
+        channels: channels in and out.
+        norm: see ``parse_norm``; only the residual kind has norms.
+        kind: one of ``DOWNSAMPLINGS``.
+    """
+
+    def __init__(self, channels: int, norm: Norm, kind: str = "conv") -> None:
+        super().__init__()
+        self.down: nn.Module
+        if kind == "conv":
+            self.down = nn.Conv3d(channels, channels, 3, stride=2, padding=1, bias=False)
+        elif kind == "residual":
+            self.down = ResidualBlock(channels, channels, norm, stride=2)
+        else:
+            self.down = nn.MaxPool3d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, D, H, W)`` to ``(N, C, D/2, H/2, W/2)``."""
+        return self.down(x)
+
+
+class Upsample(nn.Module):
+    """Doubles every spatial size and changes the number of channels.
+
+    Args:
+        in_channels: channels in.
+        out_channels: channels out.
+        kind: one of ``UPSAMPLINGS``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kind: str = "nearest") -> None:
+        super().__init__()
+        if kind == "transposed":
+            self.up = nn.Sequential(nn.ConvTranspose3d(in_channels, out_channels, 2, stride=2, bias=False))
+        else:
+            # A 1x1x1 convolution commutes with interpolation; before it, it has an eighth of the voxels to
+            # do.
+            self.up = nn.Sequential(
+                nn.Conv3d(in_channels, out_channels, 1, bias=False), nn.Upsample(scale_factor=2, mode=kind)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in, D, H, W)`` to ``(N, out, 2D, 2H, 2W)``."""
+        return self.up(x)
+
+
+def pad_or_crop(x: Tensor, size: Sequence[int], pad: bool) -> Tensor:
+    """Brings an upsampled volume back to the size it had before downsampling, as the published network does.
+
+    Sizes differ by one voxel at most. A volume that is too large loses its first slice; one that is too
+    small gains a slice of zeros at its end.
+
+    Args:
+        x: ``(N, C, D, H, W)``.
+        size: the spatial size wanted.
+        pad: whether x is at most too small; otherwise it is at most too large. Known from the network, not
+            from the volume, so that a graph needs no case distinction between odd and even sizes.
+
+    Returns:
+        ``(N, C, *size)``.
+    """
+    depth, height, width = size
+    if pad:
+        x = F.pad(x, (0, width - x.shape[4], 0, height - x.shape[3], 0, depth - x.shape[2]))
+    elif torch.compiler.is_exporting():
+        # Bounds of slices are conditions on the size: with them, an exported graph holds for odd or for even
+        # sizes, not for both.
+        for dim, wanted in enumerate(size, start=2):
+            x = x.index_select(dim, torch.arange(x.shape[dim] - wanted, x.shape[dim], device=x.device))
+    else:
+        x = x[:, :, -depth:, -height:, -width:]
+    return x
+
+
+class UpConcat(nn.Module):
+    """One level of the decoder: upsample, concatenate behind the skip connection, convolve.
+
+    Args:
+        in_channels: channels of the level below.
+        out_channels: channels of this level, and of its skip connection.
+        norm: see ``parse_norm``.
+        block: kind of the convolution block, a key of ``BLOCKS``.
+        dropout: see ``ConvBlock``.
+        upsample: one of ``UPSAMPLINGS``.
+        pad: whether the upsampled volume can be smaller than the skip connection.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: Norm,
+        block: str = "plain",
+        dropout: float = 0.0,
+        upsample: str = "nearest",
+        pad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pad = pad
+        self.up = Upsample(in_channels, out_channels, upsample)
+        self.conv = ConvBlock(2 * out_channels, out_channels, norm, block, dropout)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Joins ``(N, in, ...)`` from below and the skip connection ``(N, out, D, H, W)``."""
+        x = pad_or_crop(self.up(x), skip.shape[2:], self.pad)
+        return self.conv(torch.cat([skip, x], dim=1))
