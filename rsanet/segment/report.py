@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
-# From the palette of Okabe and Ito, whose colours stay apart for colour-blind readers.
+# Yellow, blue and orange of Okabe and Ito, and a magenta that stays apart from them for colour-blind readers too.
 COLOURS = {
     "reference": "#F0E442",
     "hit": "#56B4E9",
     "missed": "#E69F00",
-    "false": "#E65CB0",
+    "false": "#D40078",
     "warning": "#B34700",
     "text": "#1A1A1A",
     "quiet": "#666666",
