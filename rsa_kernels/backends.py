@@ -104,4 +104,4 @@ def explain(x: Tensor, axes: Sequence[int] = (3, 4, 2)) -> Explanation:
         The chosen backend and the reasons, readable with ``print``.
     """
     choice, *rest = _MODULES
-    return Explanation(choice, {name: f"can run this volume, but {choice} is faster" for name in rest})
+    return Explanation(choice, dict.fromkeys(rest, f"can run this volume, but {choice} is faster"))

@@ -49,9 +49,7 @@ class ChannelsLast:
     def mix(matrix: Tensor, tile: Tensor, out: Tensor, add: bool = False) -> None:
         """``out_i = sum_j matrix_ij tile_j`` over slices; with ``add`` on top of what ``out`` holds."""
         slices = tile.shape[0]
-        torch.addmm(
-            out.view(slices, -1), matrix, tile.view(slices, -1), beta=int(add), out=out.view(slices, -1)
-        )
+        torch.addmm(out.view(slices, -1), matrix, tile.view(slices, -1), beta=int(add), out=out.view(slices, -1))
 
     @staticmethod
     def contract(rows: Tensor, columns: Tensor) -> Tensor:
@@ -79,17 +77,18 @@ class ChannelsFirst:
 
     @staticmethod
     def project(weight: Tensor, tile: Tensor, out: Tensor, add: bool = False) -> None:
+        """As :meth:`ChannelsLast.project`."""
         channels = tile.shape[0]
-        torch.addmm(
-            out.view(channels, -1), weight, tile.view(channels, -1), beta=int(add), out=out.view(channels, -1)
-        )
+        torch.addmm(out.view(channels, -1), weight, tile.view(channels, -1), beta=int(add), out=out.view(channels, -1))
 
     @staticmethod
     def correlate(rows: Tensor, columns: Tensor, total: Tensor) -> None:
+        """As :meth:`ChannelsLast.correlate`."""
         total.addmm_(rows.flatten(1), columns.flatten(1).T)
 
     @staticmethod
     def sum_voxels(tile: Tensor) -> Tensor:
+        """As :meth:`ChannelsLast.sum_voxels`."""
         return tile.sum((1, 2))
 
 
@@ -98,18 +97,22 @@ class SlicesOutside(ChannelsFirst):
 
     @staticmethod
     def order(slices: int, outer: int, inner: int) -> tuple[int, ...]:
+        """As :meth:`ChannelsLast.order`."""
         return (0, slices, outer, inner)
 
     @staticmethod
     def mix(matrix: Tensor, tile: Tensor, out: Tensor, add: bool = False) -> None:
+        """As :meth:`ChannelsLast.mix`."""
         torch.baddbmm(out, matrix.expand(tile.shape[0], -1, -1), tile, beta=int(add), out=out)
 
     @staticmethod
     def contract(rows: Tensor, columns: Tensor) -> Tensor:
+        """As :meth:`ChannelsLast.contract`."""
         return torch.bmm(rows, columns.transpose(1, 2)).sum(0)
 
     @staticmethod
     def broadcast(values: Tensor) -> Tensor:
+        """As :meth:`ChannelsLast.broadcast`."""
         return values[:, None, None, None] if values.dim() == 1 else values.T[:, :, None, None]
 
 
@@ -118,21 +121,23 @@ class SlicesInside(ChannelsFirst):
 
     @staticmethod
     def order(slices: int, outer: int, inner: int) -> tuple[int, ...]:
+        """As :meth:`ChannelsLast.order`."""
         return (0, outer, inner, slices)
 
     @staticmethod
     def mix(matrix: Tensor, tile: Tensor, out: Tensor, add: bool = False) -> None:
+        """As :meth:`ChannelsLast.mix`."""
         slices = tile.shape[2]
-        torch.addmm(
-            out.view(-1, slices), tile.view(-1, slices), matrix.T, beta=int(add), out=out.view(-1, slices)
-        )
+        torch.addmm(out.view(-1, slices), tile.view(-1, slices), matrix.T, beta=int(add), out=out.view(-1, slices))
 
     @staticmethod
     def contract(rows: Tensor, columns: Tensor) -> Tensor:
+        """As :meth:`ChannelsLast.contract`."""
         return rows.flatten(0, 1).T @ columns.flatten(0, 1)
 
     @staticmethod
     def broadcast(values: Tensor) -> Tensor:
+        """As :meth:`ChannelsLast.broadcast`."""
         return values[:, None, None, None] if values.dim() == 1 else values.T[:, None, None, :]
 
 
@@ -167,9 +172,7 @@ class Walk:
         columns = _cut(x.shape[inner], positions)
         rows = _cut(x.shape[outer], max(1, positions // x.shape[inner]))
         self._blocks = [(row, column) for row in rows for column in columns]
-        largest = max(row.stop - row.start for row in rows) * max(
-            column.stop - column.start for column in columns
-        )
+        largest = max(row.stop - row.start for row in rows) * max(column.stop - column.start for column in columns)
         self.scratch = x.new_empty((buffers, channels * slices * largest), dtype=dtype)
 
     def tiles(self, volumes: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -220,6 +223,7 @@ class Folded(NamedTuple):
 
     @classmethod
     def of(cls, weights: Projections, scale: float, dtype: torch.dtype) -> "Folded":
+        """Folds the published weights."""
         theta_weight, theta_bias, phi_weight, _, g_weight, g_bias = (weight.to(dtype) for weight in weights)
         return cls(*fold(theta_weight, theta_bias, phi_weight, scale), g_weight, g_bias)
 
@@ -310,7 +314,7 @@ def _step_backward(
     """
     channels, slices = x.shape[1], x.shape[axis]
     wide = channels > 2 * slices
-    walk = Walk(x, axis, buffers=4)
+    walk = Walk(x, axis, buffers=3)
     layout = walk.layout
     to_value, from_value = folded.g_weight, folded.g_weight.T
     kept = torch.empty_like(x, dtype=beta.dtype) if wide and grad_x is not None else None
@@ -321,7 +325,7 @@ def _step_backward(
     for sample in range(x.shape[0]):
         volumes = [x[sample], grad[sample]] + ([kept[sample]] if kept is not None else [])
         for view, grad_view, *kept_view in walk.tiles(volumes):
-            tile, grad_tile, work, _ = walk.buffers(view)
+            tile, grad_tile, work = walk.buffers(view)
             _pack(view, tile)
             _pack(grad_view, grad_tile)
             grad_sum += layout.sum_voxels(grad_tile)
@@ -347,7 +351,7 @@ def _step_backward(
         volumes += [kept[sample]] if kept is not None else []
         dl, dl_t = grad_logits[sample], grad_logits[sample].T
         for view, grad_view, *others in walk.tiles(volumes):
-            tile, total, work, other = walk.buffers(view)
+            tile, total, work = walk.buffers(view)
             _pack(view, tile)
             _pack(grad_view, total)
             if not wide:
@@ -457,9 +461,7 @@ def _mix_slices(matrix: Tensor, volume: Tensor, axis: int, like: Tensor) -> Tens
     return out
 
 
-def slice_attention(
-    query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def slice_attention(query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float) -> tuple[Tensor, Tensor]:
     """The parameter-free core; see :mod:`rsa_kernels.ops` for the contract that all backends keep."""
     attention = torch.softmax(scale * _contract(query, key, axis), -1)
     return _mix_slices(attention, value, axis, like=value), attention

@@ -37,8 +37,7 @@ library.define(
     " float scale, bool[] needs, str backend) -> Tensor[]"
 )
 library.define(
-    "attention(Tensor query, Tensor key, Tensor value, int axis, float scale, str backend)"
-    " -> (Tensor out, Tensor map)"
+    "attention(Tensor query, Tensor key, Tensor value, int axis, float scale, str backend) -> (Tensor out, Tensor map)"
 )
 library.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor attention, int axis,"
@@ -64,15 +63,11 @@ def _conform(result: Tensor, like: Tensor) -> Tensor:
 def _block(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     *tensors, betas, axes, scale, keep_inputs, backend = args
     kernels = backends.load(backend, x, axes)
-    out, maps, inputs = kernels.recurrent_slice_attention(
-        x, Projections(*tensors), betas, axes, scale, keep_inputs
-    )
+    out, maps, inputs = kernels.recurrent_slice_attention(x, Projections(*tensors), betas, axes, scale, keep_inputs)
     return _conform(out, x), maps, [_conform(inner, x) for inner in inputs]
 
 
-def _block_backward(
-    grad: Tensor, x: Tensor, inputs: list[Tensor], maps: list[Tensor], *args: Any
-) -> list[Tensor]:
+def _block_backward(grad: Tensor, x: Tensor, inputs: list[Tensor], maps: list[Tensor], *args: Any) -> list[Tensor]:
     *tensors, betas, axes, scale, needs, backend = args
     kernels = backends.load(backend, x, axes)
     grads = kernels.recurrent_slice_attention_backward(
@@ -130,9 +125,7 @@ def _fake_block(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tenso
     return torch.empty_like(x), [_fake_map(x, axis) for axis in axes], inputs
 
 
-def _fake_block_backward(
-    grad: Tensor, x: Tensor, inputs: list[Tensor], maps: list[Tensor], *args: Any
-) -> list[Tensor]:
+def _fake_block_backward(grad: Tensor, x: Tensor, inputs: list[Tensor], maps: list[Tensor], *args: Any) -> list[Tensor]:
     *tensors, _axes, _scale, needs, _backend = args
     return [torch.empty_like(tensor) for tensor, need in zip((x, *tensors), needs, strict=True) if need]
 
@@ -272,9 +265,7 @@ def _register_autocast(device: str) -> None:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast(tensor: Tensor) -> Tensor:
-        eligible = (
-            tensor.device.type == device and tensor.is_floating_point() and tensor.dtype != torch.float64
-        )
+        eligible = tensor.device.type == device and tensor.is_floating_point() and tensor.dtype != torch.float64
         return tensor.to(torch.get_autocast_dtype(device)) if eligible else tensor
 
     def block_rule(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -322,8 +313,6 @@ def _attention_flops(query_shape: Sequence[int], *args: Any, out_shape: Any = No
 
 
 @register_flop_formula(torch.ops.rsa_kernels.attention_backward)
-def _attention_backward_flops(
-    grad_shape: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
+def _attention_backward_flops(grad_shape: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     *_, axis, _scale, needs, _backend = args
     return _step_flops(grad_shape, [axis], projections=0, mixes=bool(needs[0] or needs[1]) + sum(needs))

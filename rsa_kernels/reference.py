@@ -10,7 +10,8 @@ where ``<., .>`` sums over channels and the positions within a slice. Every func
 PyTorch for any dtype and device. Logits, softmax and maps are float32 for half-precision volumes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -44,9 +45,7 @@ def mix_slices(attention: Tensor, value: Tensor, axis: int) -> Tensor:
     return mixed.to(value.dtype).view(slices.shape).movedim(1, axis)
 
 
-def slice_attention(
-    query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def slice_attention(query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """The parameter-free core: returns the attended volume and its map."""
     attention = attention_map(query, key, axis, scale)
     return mix_slices(attention, value, axis), attention
@@ -79,6 +78,18 @@ def recurrent_slice_attention(
     return x, maps, inputs
 
 
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Lets autograd record inside a kernel, which the dispatcher runs below autograd."""
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA):
+        excluded = excluded - torch._C.DispatchKeySet(key)
+    excluded = excluded - torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
 def recurrent_slice_attention_backward(
     grad: Tensor,
     x: Tensor,
@@ -95,7 +106,7 @@ def recurrent_slice_attention_backward(
     ``phi_bias`` adds the same to all logits of a row, so its gradient is zero; autograd finds rounding noise there.
     """
     leaves = [tensor.detach().requires_grad_() for tensor in (x, *weights, betas)]
-    with torch.enable_grad():
+    with _recording():
         out, _, _ = recurrent_slice_attention(leaves[0], Projections(*leaves[1:-1]), leaves[-1], axes, scale)
         grads = torch.autograd.grad(out, leaves, grad)
     return Gradients(*grads)._replace(phi_bias=torch.zeros_like(weights.phi_bias))
@@ -113,5 +124,5 @@ def slice_attention_backward(
 ) -> list[Tensor | None]:
     """Differentiates the equations as they stand, like :func:`recurrent_slice_attention_backward`."""
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    with torch.enable_grad():
+    with _recording():
         return list(torch.autograd.grad(slice_attention(*leaves, axis, scale)[0], leaves, grad))

@@ -1,0 +1,110 @@
+"""Which backend runs, who decides, and what the report says."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import BACKENDS, random_block, random_volume
+
+from rsa_kernels import __main__ as report
+from rsa_kernels import available_backends, backends, explain, recurrent_slice_attention, slice_attention, use_backend
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the backends that ran, in order."""
+    ran = []
+    for name, module in list(backends._MODULES.items()):
+
+        class Recorder:
+            def __init__(self, name, module):
+                self.name, self.module = name, module
+
+            def __getattr__(self, function):
+                ran.append(self.name)
+                return getattr(self.module, function)
+
+        monkeypatch.setitem(backends._MODULES, name, Recorder(name, module))
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    return ran
+
+
+def run(**options):
+    recurrent_slice_attention(random_volume((1, 3, 2, 4, 3)), *random_block(3), **options)
+
+
+def test_argument_then_context_then_environment_then_auto(calls, monkeypatch):
+    run()
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
+    run()
+    with use_backend("torch"):
+        run()
+        run(backend="reference")
+        with use_backend("auto"):
+            run()
+    run()
+    assert calls == ["torch", "reference", "torch", "reference", "torch", "reference"]
+
+
+def test_a_context_nests_and_restores_on_exceptions(calls):
+    volume = random_volume((1, 3, 2, 4, 3))
+    with use_backend("reference"):
+        with pytest.raises(ValueError, match="axis is 7"), use_backend("torch"):  # noqa: PT012 two calls on purpose
+            slice_attention(volume, volume, volume, 2)
+            slice_attention(volume, volume, volume, 7)
+        slice_attention(volume, volume, volume, 2)
+    slice_attention(volume, volume, volume, 2)
+    assert calls == ["torch", "reference", "torch"]
+
+
+def test_backward_runs_where_forward_ran(calls):
+    x = random_volume((1, 3, 2, 4, 3)).requires_grad_()
+    with use_backend("reference"):
+        out = recurrent_slice_attention(x, *random_block(3))
+    out.sum().backward()
+    assert calls == ["reference", "reference"]
+
+
+def test_unknown_names_are_refused_wherever_they_come_from(monkeypatch):
+    with pytest.raises(ValueError, match="backend is 'fast', but must be one of auto, torch, reference"):
+        use_backend("fast").__enter__()
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fast")
+    with pytest.raises(ValueError, match="environment variable RSA_KERNELS_BACKEND is 'fast', but must be one of auto"):
+        run()
+
+
+def test_every_backend_is_listed_and_explained():
+    assert list(available_backends()) == list(backends._MODULES)
+    explanation = explain(random_volume((1, 3, 2, 4, 3)))
+    assert {explanation.backend, *explanation.others} == set(available_backends())
+    assert str(explanation).startswith("torch: runs this volume\nreference: ")
+
+
+def test_the_command_reports_and_checks():
+    done = subprocess.run(
+        [sys.executable, "-m", "rsa_kernels", "--check"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"torch {torch.__version__}" in done.stdout
+    for name in BACKENDS:
+        assert f"backend {name}: usable" in done.stdout
+        for dtype in ("float64", "float32", "bfloat16", "float16"):
+            assert f"ok   {name} on cpu, {dtype}: worst relative error" in done.stdout
+
+
+@pytest.mark.parametrize("function", ["recurrent_slice_attention", "recurrent_slice_attention_backward"])
+def test_the_check_finds_a_wrong_backend(function, monkeypatch, capsys):
+    right = getattr(backends._MODULES["torch"], function)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        result[0].mul_(1.01)
+        return result
+
+    monkeypatch.setattr(backends._MODULES["torch"], function, wrong)
+    monkeypatch.setattr(sys, "argv", ["rsa_kernels", "--check"])
+    assert report.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("FAIL torch on cpu, float32") for line in lines)
+    assert any(line.startswith("ok   reference on cpu, float32") for line in lines)

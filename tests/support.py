@@ -1,0 +1,81 @@
+"""What several tests share: the golden recipe, the published equations written a second time, and their inputs."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import conv3d
+
+from rsa_kernels import available_backends
+
+GOLDEN = Path(__file__).parent / "golden"
+BACKENDS = [name for name, reason in available_backends().items() if reason is None]
+FORMATS = [torch.contiguous_format, torch.channels_last_3d]
+WEIGHTS = ("theta_conv.weight", "theta_conv.bias", "phi_conv.weight", "phi_conv.bias", "g_conv.weight", "g_conv.bias")
+
+
+def golden_tensor(name, shape):
+    """The float64 tensor that the golden files' recipe makes from a name."""
+    return torch.from_numpy(np.asarray(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)))
+
+
+def golden_parameter(key, shape):
+    """The parameter that the golden files' recipe makes from a state_dict key."""
+    values = golden_tensor(key, shape)
+    if len(shape) == 5:
+        return values / np.sqrt(np.prod(shape[1:]))
+    if "betas" in key:
+        return 0.5 + 0.1 * values
+    if key.endswith("norm.weight"):
+        return 1 + 0.1 * values
+    return 0.1 * values
+
+
+def golden_block(channels):
+    """The nine parameters of the golden block, in the order of ``recurrent_slice_attention``."""
+    shapes = [(channels,) * 2 + (1,) * 3, (channels,)] * 3
+    parameters = [golden_parameter(key, shape) for key, shape in zip(WEIGHTS, shapes, strict=True)]
+    return [*parameters, *(golden_parameter(f"betas.{step}", ()) for step in range(3))]
+
+
+def random_block(channels, steps=3, seed=0, gain=0.6):
+    """Weights, biases and betas ``(steps,)`` in float64: eight tensors, the last one the betas."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for _ in range(3):
+        tensors.append(torch.randn(channels, channels, generator=generator, dtype=torch.float64) * gain / channels**0.5)
+        tensors.append(torch.randn(channels, generator=generator, dtype=torch.float64) * 0.1)
+    return [*tensors, torch.randn(steps, generator=generator, dtype=torch.float64) * 0.3 + 0.4]
+
+
+def random_volume(shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def published(x, theta_weight, theta_bias, phi_weight, phi_bias, g_weight, g_bias, betas, axes=(3, 4, 2), scale=1.0):
+    """The block as a user would write it in eager PyTorch: every product in the precision of ``x``."""
+    weights = [weight.reshape(*weight.shape[:2], 1, 1, 1) for weight in (theta_weight, phi_weight, g_weight)]
+    for beta, axis in zip(betas, axes, strict=True):
+        volumes = [
+            conv3d(x, weight, bias) for weight, bias in zip(weights, (theta_bias, phi_bias, g_bias), strict=True)
+        ]
+        query, key, value = (volume.transpose(1, axis).flatten(2) for volume in volumes)
+        attention = torch.softmax(scale * torch.bmm(query, key.transpose(1, 2)), -1)
+        attended = torch.bmm(attention, value).view(volumes[2].transpose(1, axis).shape).transpose(1, axis)
+        x = x + beta * attended
+    return x
+
+
+def with_gradients(function, tensors, upstream):
+    """The output of ``function(*tensors)`` and its gradients for all tensors."""
+    leaves = [tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def relative_error(result, truth):
+    """``||result - truth|| / ||truth||``; infinite if anything is not finite."""
+    if not torch.isfinite(result).all():
+        return float("inf")
+    return ((result.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
