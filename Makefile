@@ -1,0 +1,37 @@
+# Each target first makes .venv with all that it needs. Two to remember: make demo, make test.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+# One pair that belongs together; without the pin, pip would fetch the newest CUDA build.
+TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux' and platform_machine == 'x86_64'"
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml setup.py Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --upgrade "setuptools>=77" wheel ninja $(TORCH)
+	$(RUN)/pip install --quiet --no-build-isolation --editable ".[test]"
+	touch $@
+
+# Simulates a small cohort at 2 mm, trains a narrow RSANet, predicts patients that it never saw, and draws them.
+demo: install
+	rm -rf demo
+	$(RUN)/rsanet simulate demo/train --subjects 12 --spacing 2 --seed 1
+	$(RUN)/rsanet simulate demo/test --subjects 3 --spacing 2 --seed 1000
+	$(RUN)/rsanet train demo/train -o demo/run
+	$(RUN)/rsanet predict demo/run --data demo/test -o demo/predictions
+	$(RUN)/rsanet evaluate demo/predictions demo/test --csv demo/scores.csv
+	$(RUN)/rsanet report demo/report.png --data demo/test --pred demo/predictions --model demo/run
+
+test: install
+	$(RUN)/python -m pytest
+
+lint: install
+	$(RUN)/ruff check
+	$(RUN)/ruff format --check
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
