@@ -16,25 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rsa_kernels import recurrent_slice_attention
+from rsa_kernels.api import AXIS_NAMES, normalize_axis, recurrent_slice_attention
 
-AXES = {"axial": 2, "coronal": 3, "sagittal": 4}
 DEFAULT_AXES = ("coronal", "sagittal", "axial")
 
 
 def axis_name(axis: int | str) -> str:
-    """The name of an axis given as a name or as a dim of ``(N, C, D, H, W)``, negative dims included.
-
-    Raises:
-        TypeError: If ``axis`` is neither an int nor a string.
-        ValueError: If it is not one of the three spatial axes.
-    """
-    if isinstance(axis, bool) or not isinstance(axis, int | str):
-        raise TypeError(f"an axis is a name or an int, not {type(axis).__name__}: use one of {list(AXES)} or 2, 3, 4")
-    for name, dim in AXES.items():
-        if axis in (name, dim, dim - 5):
-            return name
-    raise ValueError(f"axis {axis!r} is not a spatial axis: use one of {list(AXES)}, or the dims 2, 3, 4")
+    """The name of an axis given as a name or as a dim of ``(N, C, D, H, W)``, negative dims included."""
+    dim = normalize_axis(axis)
+    return next(name for name, named in AXIS_NAMES.items() if named == dim)
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -94,7 +84,7 @@ class _SliceAttention(nn.Module):
             self.g_conv.weight,
             self.g_conv.bias,
             betas,
-            tuple(AXES[axis] for axis in axes),
+            axes,
             scale=self.scale,
             recompute=recompute,
             return_maps=return_maps,

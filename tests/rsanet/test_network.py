@@ -5,13 +5,13 @@ import json
 import pickle
 import subprocess
 import sys
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import GOLDEN, golden_parameter, golden_tensor
 from torch import nn
 
 import rsanet.network
@@ -19,33 +19,14 @@ from rsanet import NonLocalBlock, RSABlock, RSANet, insert_rsa, load_model, load
 from rsanet.configuration import PAPER_CONFIGURATIONS
 from rsanet.unet import pad_or_crop
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PUBLISHED_SHAPES = json.loads((GOLDEN / "rsanet_state_dict.json").read_text())
 NARROW = {"in_channels": 1, "out_channels": 3, "channels": (8, 16, 24), "dropout": 0.0}
 ODD = (1, 1, 9, 13, 6)
 
 
-def named_array(name, shape):
-    """The array that the golden files' recipe calls ``name``."""
-    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-
-
-def recipe_parameter(key, shape):
-    values = named_array(key, shape)
-    if len(shape) == 5:
-        values = values / np.sqrt(np.prod(shape[1:]))
-    elif key.split(".")[-2:] == ["norm", "weight"]:
-        values = 1 + 0.1 * values
-    elif "betas" in key:
-        values = 0.5 + 0.1 * values
-    else:
-        values = 0.1 * values
-    return torch.tensor(values, dtype=torch.float32)
-
-
 @pytest.fixture(scope="module")
 def published_state_dict():
-    return OrderedDict((key, recipe_parameter(key, shape)) for key, shape in PUBLISHED_SHAPES.items())
+    return OrderedDict((key, golden_parameter(key, shape).float()) for key, shape in PUBLISHED_SHAPES.items())
 
 
 def narrow(**choices):
@@ -87,7 +68,7 @@ def test_published_checkpoint_from_a_file_reproduces_the_published_output(case, 
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": t for k, t in published_state_dict.items()}}, path)
     model = load_reference_checkpoint(path).double()
     assert not model.training
-    x = torch.from_numpy(named_array(f"net_{case}.x", (1, 3, *size)).astype(np.float32)).double()
+    x = golden_tensor(f"net_{case}.x", (1, 3, *size)).float().double()
     with torch.no_grad():
         y = model(x)
     golden = torch.from_numpy(np.load(GOLDEN / f"rsanet_{case}.npz")["y"]).double()
@@ -300,12 +281,21 @@ def test_one_exported_graph_serves_odd_and_even_sizes(choice):
 
 
 def test_channels_last_in_gives_channels_last_out():
-    model = narrow().eval()
-    x = volume(*ODD)
+    channels_last = torch.channels_last_3d
+    model = narrow(in_channels=2).eval()
+    x = volume(2, 2, *ODD[2:])
     expected = model(x)
-    model = model.to(memory_format=torch.channels_last_3d)
-    y = model(x.to(memory_format=torch.channels_last_3d))
-    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    model = model.to(memory_format=channels_last)
+    threads = torch.get_num_threads()
+    # With one thread, torch computes small convolutions on the CPU by a path that has no channels-last output.
+    torch.set_num_threads(2)
+    try:
+        bottleneck = []
+        model.rsa_block.register_forward_hook(lambda module, inputs, output: bottleneck.append((*inputs, output)))
+        y = model(x.to(memory_format=channels_last))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(tensor.is_contiguous(memory_format=channels_last) for tensor in (*bottleneck[0], y))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -363,7 +353,7 @@ def test_network_copies_and_pickles():
         ({"attention_levels": -1}, TypeError, "attention_levels is -1.*sequence"),
         ({"decoder_attention_levels": (-1,)}, ValueError, "the bottleneck, which is no decoder level"),
         ({"axes": ()}, ValueError, "axes is empty"),
-        ({"axes": ("z",)}, ValueError, "axis 'z'"),
+        ({"axes": ("z",)}, ValueError, "axis is 'z'"),
         ({"scale": float("inf")}, ValueError, "scale is inf"),
         ({"block": "vgg"}, ValueError, "block is 'vgg'.*plain"),
         ({"downsample": "avg"}, ValueError, "downsample is 'avg'.*max_pool"),
