@@ -32,6 +32,7 @@ Array = np.ndarray
 
 FIELD_OF_VIEW = np.array([176.0, 208.0, 176.0])  # mm; holds the largest warped brain with a margin
 CENTRE = np.array([0.0, -17.0, 5.0])  # world mm; the middle of the template's brain
+MARGIN = 4  # voxels of background around the template's brain
 LABEL_THRESHOLD = 0.35  # of the soft lesion profile
 SMALLEST_LESION = 3  # labelled voxels; a blob that leaves fewer is not painted either
 LESION_CONNECTIVITY = 26
@@ -100,13 +101,9 @@ class Contrast:
 
 
 CONTRASTS = {
-    "FLAIR": Contrast(
-        csf=0.10, grey=0.66, white=0.53, lesion=0.92, hole=0.84, detail=-0.45, rim=0.26, gain=620
-    ),
+    "FLAIR": Contrast(csf=0.10, grey=0.66, white=0.53, lesion=0.92, hole=0.84, detail=-0.45, rim=0.26, gain=620),
     "T1w": Contrast(csf=0.20, grey=0.60, white=0.90, lesion=0.66, hole=0.38, detail=1.0, rim=-0.04, gain=540),
-    "T2w": Contrast(
-        csf=1.00, grey=0.53, white=0.36, lesion=0.70, hole=0.82, detail=-0.55, rim=0.06, gain=900
-    ),
+    "T2w": Contrast(csf=1.00, grey=0.53, white=0.36, lesion=0.70, hole=0.82, detail=-0.55, rim=0.06, gain=900),
 }
 
 LESION_KINDS = (
@@ -238,13 +235,12 @@ def load_anatomy() -> Anatomy:
     templates = [nibabel.as_closest_canonical(load(resolution=1)) for load in loaders]
     t1, grey, white = (np.asarray(template.dataobj, dtype=np.float32) for template in templates)
     brain = t1 > 0
-    # Everything beyond the brain is background; a margin of 4 voxels keeps the warp's border samples at zero.
-    box = tuple(
-        slice(max(0, span.start - 4), span.stop + 4)
-        for span in ndimage.find_objects(brain.astype(np.uint8))[0]
-    )
-    origin = templates[0].affine[:3, 3] + [span.start for span in box]
-    t1, grey, white, brain = t1[box], grey[box] * brain[box], white[box] * brain[box], brain[box]
+    # The brain touches the template's lowest slice: around its box comes a margin, so that the warp's border samples
+    # are background on every side.
+    box = ndimage.find_objects(brain.astype(np.uint8))[0]
+    origin = templates[0].affine[:3, 3] + [span.start - MARGIN for span in box]
+    t1, grey, white = (np.pad((volume * brain)[box], MARGIN) for volume in (t1, grey, white))
+    brain = t1 > 0
     csf = np.clip(1 - grey - white, 0, 1) * brain
     x, y, z = (
         np.arange(n, dtype=np.float32).reshape(shape) + o
@@ -262,11 +258,7 @@ def load_anatomy() -> Anatomy:
     tissue = (white > 0.75) & ~below_tentorium
     places = {
         # The corpus callosum's midline is left out by |x|: a lesion there would sit on the template's seam.
-        "periventricular": tissue
-        & (to_ventricles > 0.5)
-        & (to_ventricles < 3)
-        & (np.abs(x) > 5)
-        & (to_cortex > 4),
+        "periventricular": tissue & (to_ventricles > 0.5) & (to_ventricles < 3) & (np.abs(x) > 5) & (to_cortex > 4),
         "juxtacortical": tissue & (to_cortex > 0.5) & (to_cortex < 3) & (to_ventricles > 10),
         "deep": tissue & (to_cortex > 4) & (to_ventricles > 8) & (z > 5),
     }
@@ -300,9 +292,7 @@ def _sample(maps: torch.Tensor, origin: Array, step: float, points: torch.Tensor
     return values.reshape(maps.shape[0], *points.shape[:-1])
 
 
-def _random_field(
-    rng: np.random.Generator, channels: int, knots_mm: float
-) -> tuple[torch.Tensor, Array, float]:
+def _random_field(rng: np.random.Generator, channels: int, knots_mm: float) -> tuple[torch.Tensor, Array, float]:
     """Standard normal values at knots that cover the field of view: (maps, origin, step) for :func:`_sample`.
 
     Widely spaced knots are joined by cubic splines first, so that the field is smooth, not merely continuous.
@@ -382,8 +372,7 @@ def _grid(spacing: Sequence[float]) -> tuple[Array, Array, Array]:
 def _grid_points(shape: Array, origin: Array, step: Array) -> torch.Tensor:
     """World points (X, Y, Z, 3) of a voxel grid."""
     lines = [
-        torch.from_numpy((o + s * np.arange(n)).astype(np.float32))
-        for n, o, s in zip(shape, origin, step, strict=True)
+        torch.from_numpy((o + s * np.arange(n)).astype(np.float32)) for n, o, s in zip(shape, origin, step, strict=True)
     ]
     return torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1)
 
@@ -393,9 +382,7 @@ def _grid_points(shape: Array, origin: Array, step: Array) -> torch.Tensor:
 
 def _draw_lesions(rng: np.random.Generator, anatomy: Anatomy, warp: Warp, settings: Settings) -> list[Lesion]:
     """Draw places, sizes and shapes in template space, and carry them into the patient's."""
-    count = int(
-        np.clip(np.round(settings.lesions_median * np.exp(settings.lesions_spread * rng.normal())), 4, 150)
-    )
+    count = int(np.clip(np.round(settings.lesions_median * np.exp(settings.lesions_spread * rng.normal())), 4, 150))
     load = np.exp(settings.load_spread * rng.normal())
     shares = np.array([kind.share for kind in settings.kinds])
     lesions = []
@@ -419,8 +406,7 @@ def _draw_lesions(rng: np.random.Generator, anatomy: Anatomy, warp: Warp, settin
         destruction = rng.beta(1.2, 3.0) * min(1.0, 0.5 + volume / 600)
         signal = {
             name: float(
-                (contrast.lesion + destruction * (contrast.hole - contrast.lesion))
-                * np.exp(0.07 * rng.normal())
+                (contrast.lesion + destruction * (contrast.hole - contrast.lesion)) * np.exp(0.07 * rng.normal())
             )
             for name, contrast in CONTRASTS.items()
         }
@@ -448,9 +434,7 @@ def _frame(along: Array, other: Array) -> Array:
     return np.stack([first, second, np.cross(first, second)])
 
 
-def _lesion_profile(
-    lesion: Lesion, white: Array, origin: Array, step: Array
-) -> tuple[tuple[slice, ...], Array] | None:
+def _lesion_profile(lesion: Lesion, white: Array, origin: Array, step: Array) -> tuple[tuple[slice, ...], Array] | None:
     """The soft profile of one lesion: its box of voxels and its values there; None if too small."""
     reach = 1.5 * lesion.semi_axes.max() + step
     first = np.maximum(np.floor((lesion.centre - reach - origin) / step), 0).astype(int)
@@ -501,9 +485,7 @@ def _paint_lesions(lesions: list[Lesion], white: Array, origin: Array, step: Arr
     return soft, owner
 
 
-def describe_lesions(
-    mask: Array, affine: Array, kinds: Array | None = None, names: Sequence[str] = ()
-) -> list[dict]:
+def describe_lesions(mask: Array, affine: Array, kinds: Array | None = None, names: Sequence[str] = ()) -> list[dict]:
     """Each 26-connected component of a mask: id, kind, voxels, volume in mm³ and centre in world mm.
 
     Args:
@@ -664,8 +646,9 @@ def simulate_cohort(
     settings = Settings(**base | {"kinds": (settings or Settings()).kinds})
     out = Path(out)
     description = _description(seed, settings)
-    _claim(out, description)
-    anatomy = load_anatomy()
+    _check_folder(out, description)
+    anatomy = load_anatomy()  # before anything is written: nilearn may be missing
+    _begin(out, description)
     width = max(3, len(str(subjects)))
     cohort: list[Subject] = []
     for number in range(1, subjects + 1):
@@ -713,28 +696,37 @@ def _description(seed: int, settings: Settings) -> dict[str, Any]:
     return json.loads(json.dumps(description))  # tuples become lists, as they will read back
 
 
-def _claim(out: Path, description: dict[str, Any]) -> None:
-    """Start a cohort in a new or empty folder, or check that the one there is the same."""
+def _check_folder(out: Path, description: dict[str, Any]) -> None:
+    """Refuse a folder that holds anything but this very cohort."""
     file = out / "dataset_description.json"
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder for the cohort.")
-    if file.exists():
-        there = json.loads(file.read_text())
-        if there != description:
-            made = there.get("GeneratedBy", [{}])[0]
-            raise ValueError(
-                f"{out} holds a data set made with other settings "
-                f"(seed {made.get('Seed')}, spacing {made.get('Settings', {}).get('spacing')}, "
-                f"version {made.get('Version')}): give a new folder, or the same settings to complete it."
-            )
+    if not file.exists():
+        if out.is_dir() and any(not there.name.startswith(".") for there in out.iterdir()):
+            raise ValueError(f"{out} is not empty and holds no simulated cohort: give a new or an empty folder.")
         return
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no simulated cohort: give a new or an empty folder.")
-    (out / "derivatives" / "lesions").mkdir(parents=True)
+    try:
+        there = json.loads(file.read_text())
+        made = there["GeneratedBy"][0]
+        settings = f"seed {made['Seed']}, spacing {made['Settings']['spacing']}, version {made['Version']}"
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{out} holds another data set: give a new or an empty folder.") from None
+    if there != description:
+        raise ValueError(
+            f"{out} holds a cohort made with other settings ({settings}): "
+            "give a new folder, or the same settings to complete it."
+        )
+
+
+def _begin(out: Path, description: dict[str, Any]) -> None:
+    """Write what belongs to the cohort and not to a subject; the description comes first, for it marks the folder."""
+    lesions = out / "derivatives" / "lesions"
+    out.mkdir(parents=True, exist_ok=True)
+    _write_text(out / "dataset_description.json", _json(description))
+    lesions.mkdir(parents=True, exist_ok=True)
     _write_text(out / "README", README)
     masks = description | {"Name": "Lesion masks: " + COHORT_NAME.lower(), "DatasetType": "derivative"}
-    _write_text(out / "derivatives" / "lesions" / "dataset_description.json", _json(masks))
-    _write_text(file, _json(description))
+    _write_text(lesions / "dataset_description.json", _json(masks))
 
 
 def _mask_file(out: Path, name: str) -> Path:
@@ -759,6 +751,8 @@ def _write_subject(out: Path, name: str, patient: Patient, seed: int) -> None:
         "Lesions": patient.lesions,
     }
     derived = _mask_file(out, name).parent.parent
+    for left in out.glob(f".{name}.*"):  # by a run that was killed
+        shutil.rmtree(left)
     beside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=out))
     try:
         images, masks = beside / "images", beside / "masks"
@@ -796,9 +790,7 @@ def _write_participants(out: Path) -> None:
     rows = ["participant_id\tseed\tlesion_count\tlesion_load_mm3"]
     for folder in sorted(out.glob("sub-*")):
         subject = _read_subject(out, folder.name)
-        rows.append(
-            f"{subject.participant_id}\t{subject.seed}\t{subject.lesion_count}\t{subject.lesion_load_mm3:g}"
-        )
+        rows.append(f"{subject.participant_id}\t{subject.seed}\t{subject.lesion_count}\t{subject.lesion_load_mm3:g}")
     _write_text(out / "participants.tsv", "\n".join(rows) + "\n")
 
 
