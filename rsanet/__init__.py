@@ -1,7 +1,11 @@
 """Recurrent slice-wise attention for 3-D medical images: modules and networks. Imports with torch alone."""
 
-from rsanet.attention import NonLocalBlock, RSABlock, SABlock, insert_rsa
-from rsanet.network import RSANet, load_model, load_reference_checkpoint, save_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rsanet.attention import NonLocalBlock, RSABlock, SABlock, insert_rsa
+    from rsanet.network import RSANet, load_model, load_reference_checkpoint, save_model
 
 __all__ = [
     "NonLocalBlock",
@@ -13,3 +17,17 @@ __all__ = [
     "load_reference_checkpoint",
     "save_model",
 ]
+
+# Loaded on first use: `rsanet --help` imports this package and has no time for torch.
+_MODULES = dict.fromkeys(("NonLocalBlock", "RSABlock", "SABlock", "insert_rsa"), "rsanet.attention")
+_MODULES |= dict.fromkeys(("RSANet", "load_model", "load_reference_checkpoint", "save_model"), "rsanet.network")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'rsanet' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -98,6 +98,9 @@ def train(
         list[int] | None, typer.Option(help="Widths of the levels, the finest first (32 64 128 256 512).")
     ] = None,
     attention: Annotated[str, typer.Option(help=f"{', '.join(ATTENTIONS)}.")] = DEFAULTS.attention,
+    attention_scale: Annotated[
+        float, typer.Option(help="Factor on the attention's logits; 1 is as published, less is more graded.")
+    ] = DEFAULTS.attention_scale,
     dropout: Annotated[float, typer.Option(help="Dropout probability.")] = DEFAULTS.dropout,
     spacing: Annotated[
         list[float] | None,
@@ -118,6 +121,7 @@ def train(
         lr=lr,
         channels=tuple(channels) if channels else DEFAULTS.channels,
         attention=attention,
+        attention_scale=attention_scale,
         dropout=dropout,
         spacing=triple(spacing, "--spacing") if spacing else None,
         val_fraction=val_fraction,
@@ -219,6 +223,29 @@ def evaluate(
 
 
 @app.command(cls=Command)
+def report(
+    out: Annotated[Path, typer.Argument(help="The picture: .png, .pdf or .svg.")],
+    data: Annotated[Path, typer.Option(help="Folder of the cohort.")],
+    pred: Annotated[Path, typer.Option(help="Folder of the predicted masks.")],
+    model: Annotated[Path | None, typer.Option(help="Draw the attention maps of this model, too.")] = None,
+    subjects: Annotated[list[str] | None, typer.Option(help="Which subjects; by default the first three.")] = None,
+    protocol: Annotated[str, typer.Option(help="As in evaluate.")] = "custom",
+    roi: Roi = None,
+    device: Device = DEFAULTS.device,
+) -> None:
+    """Draw predictions beside their references, and the model's attention maps."""
+    from rsanet.segment import files, metrics
+    from rsanet.segment.overview import draw_cohort
+    from rsanet.segment.predict import Segmenter
+
+    files.check_writable(out)
+    chosen = metrics.choose_protocol(protocol)
+    segmenter = Segmenter.load(model, roi=roi, device=device) if model else None
+    draw_cohort(out, data, pred, segmenter, subjects=subjects or (), protocol=chosen)
+    typer.echo(f"The picture is {out}.")
+
+
+@app.command(cls=Command)
 def doctor() -> None:
     """Show versions, hardware, and which attention backends can run here."""
     from rsanet.segment.environment import describe_environment
@@ -252,10 +279,14 @@ def explain(error: Exception) -> str:
     return f"Unexpected {type(error).__name__}: {first} (RSANET_DEBUG=1 shows the traceback)"
 
 
-def main() -> None:
-    """Runs the command line: one sentence on stderr and exit status 1 for an error, 2 for wrong usage."""
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line: one sentence on stderr and exit status 1 for an error, 2 for wrong usage.
+
+    Args:
+        args: the arguments; those of the process by default.
+    """
     try:
-        app()
+        app(args)
     except Exception as error:
         if os.environ.get("RSANET_DEBUG", "0") not in ("", "0"):
             raise

@@ -5,7 +5,7 @@ A reader of a layout returns `Case` objects, complete or not; nothing after it k
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,23 @@ def foreground(image: Tensor) -> Tensor:
     return torch.stack(masks)
 
 
+class Preparation(Compose):
+    """Transforms in order. MONAI hides the reason of a failure behind its own error; here the reason comes out."""
+
+    def __init__(self, transforms: Sequence[Callable]) -> None:
+        super().__init__(transforms, log_stats=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Compose``."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except RuntimeError as error:
+            reason: BaseException = error
+            while reason.__cause__ is not None and not isinstance(reason, (ValueError, OSError)):
+                reason = reason.__cause__
+            raise reason from reason.__cause__
+
+
 class LoadCase(Transform):
     """Reads a `Case`: ``image`` ``(C, ...)`` on the grid of its first contrast, and ``mask`` ``(1, ...)``."""
 
@@ -270,7 +287,7 @@ class NormalizeForeground(Transform):
         return result
 
 
-def preprocessing(spacing: Sequence[float] | None = None) -> Compose:
+def preprocessing(spacing: Sequence[float] | None = None) -> Preparation:
     """From a `Case` to normalized volumes around the head; the way back is ``monai.transforms.Invertd``.
 
     Args:
@@ -285,13 +302,13 @@ def preprocessing(spacing: Sequence[float] | None = None) -> Compose:
         steps.append(Spacingd(keys, tuple(spacing), mode=("bilinear", "nearest"), allow_missing_keys=True))
     steps.append(CropForegroundd(keys, "image", select_fn=foreground, allow_missing_keys=True, allow_smaller=True))
     steps.append(NormalizeForeground())
-    return Compose(steps)
+    return Preparation(steps)
 
 
-def training_transforms(patch: Sequence[int], spacing: Sequence[float] | None = None) -> Compose:
+def training_transforms(patch: Sequence[int], spacing: Sequence[float] | None = None) -> Preparation:
     """Preprocessing, which a cache keeps, and then one random patch with light augmentation."""
     keys, modes = ("image", "mask"), ("bilinear", "nearest")
-    return Compose(
+    return Preparation(
         [
             *preprocessing(spacing).transforms,
             SpatialPadd(keys, patch),
@@ -323,6 +340,6 @@ def training_transforms(patch: Sequence[int], spacing: Sequence[float] | None = 
     )
 
 
-def validation_transforms(spacing: Sequence[float] | None = None) -> Compose:
+def validation_transforms(spacing: Sequence[float] | None = None) -> Preparation:
     """Whole volumes, prepared as at prediction."""
-    return Compose([*preprocessing(spacing).transforms, EnsureTyped(("image", "mask"), track_meta=False)])
+    return Preparation([*preprocessing(spacing).transforms, EnsureTyped(("image", "mask"), track_meta=False)])

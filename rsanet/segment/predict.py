@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
-from monai.transforms import Compose, Invertd
+from monai.transforms import Compose, Invertd, SpatialCrop, SpatialPad
 from torch import Tensor, nn
 
+from rsanet.attention import RSABlock
 from rsanet.network import RSANet, load_model
 from rsanet.segment.data import SUFFIXES, Case, list_cases, preprocessing, read_volume
 from rsanet.segment.environment import (
@@ -122,10 +123,38 @@ class Segmenter:
             f"window {'×'.join(map(str, self.roi))}."
         )
 
+    def images_of(self, case: Case) -> dict[str, Path]:
+        """The images of a case that the model wants, in its order."""
+        missing = [name for name in self.contrasts if name not in case.images]
+        if missing:
+            raise ValueError(f"{case.id} has no {' and no '.join(missing)}.")
+        return {name: case.images[name] for name in self.contrasts}
+
+    def attention_maps(self, case: Case) -> dict[str, np.ndarray]:
+        """The ``(S, S)`` maps of the coarsest slice-wise attention, by axis, in the window of the largest lesion.
+
+        Args:
+            case: a case with a mask that says where the largest lesion is; without lesions it is the middle.
+        """
+        block = next((module for module in self.network.modules() if isinstance(module, RSABlock)), None)
+        if block is None:
+            raise ValueError("This model has no slice-wise attention to draw: train it with --attention rsa.")
+        data = preprocessing(self.spacing)(Case(case.id, self.images_of(case), case.mask))
+        labels, count = label_lesions(data["mask"][0].numpy())
+        volume = data["image"].as_tensor()
+        centre = [size // 2 for size in volume.shape[1:]]
+        if count:
+            largest = np.bincount(labels[labels > 0]).argmax()
+            centre = np.argwhere(labels == largest).mean(0).round().astype(int).tolist()
+        window = SpatialCrop(roi_center=centre, roi_size=self.roi)(SpatialPad(self.roi)(volume))
+        maps = self.network.attention_maps(torch.as_tensor(window)[None].to(self.device))
+        first = next(iter(maps.values()))
+        return {axis: values[0].float().cpu().numpy() for axis, values in zip(block.axes, first, strict=True)}
+
     def probability(self, case: Case) -> np.ndarray:
         """Probability of lesion on the grid of the case's first image."""
         transform = preprocessing(self.spacing)
-        data = transform(Case(case.id, case.images))
+        data = transform(Case(case.id, self.images_of(case)))
         image = data["image"]
         probability = lesion_probability(self.network, image.as_tensor()[None], self.roi, self.precision)
         return restore_grid(probability[0], image, transform)
@@ -185,10 +214,6 @@ def predict_case(segmenter: Segmenter, case: Case, out: str | Path, *, threshold
     if not out.name.endswith(SUFFIXES):
         raise ValueError(f"{out} is not a name for a mask: end it in .nii.gz.")
     check_writable(out)
-    missing = [name for name in segmenter.contrasts if name not in case.images]
-    if missing:
-        raise ValueError(f"{case.id} has no {' and no '.join(missing)}.")
-    case = Case(case.id, {name: case.images[name] for name in segmenter.contrasts})
     mask = segmenter.probability(case) > threshold
     like = read_volume(case.images[segmenter.contrasts[0]])[1]
     write_mask(mask, like, out)

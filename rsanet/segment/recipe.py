@@ -18,6 +18,8 @@ class Recipe:
         lr: peak learning rate, reached after the warm-up.
         channels: widths of the network's levels, the finest first.
         attention: ``rsa``, ``non_local`` or ``none``, at the coarsest level.
+        attention_scale: factor on the logits of the attention. 1 is as published; the logits sum over a whole slice,
+            so the softmax then picks single slices. 1 / sqrt(channels × voxels of a slice) keeps it graded.
         dropout: dropout probability of the network.
         spacing: voxel size in mm to resample to, or None for the images' own.
         val_fraction: share of the cases held out for validation; with 0 the last weights are kept.
@@ -34,6 +36,7 @@ class Recipe:
     lr: float = 1e-3
     channels: tuple[int, ...] = (32, 64, 128, 256, 512)
     attention: str = "rsa"
+    attention_scale: float = 1.0
     dropout: float = 0.2
     spacing: tuple[float, float, float] | None = None
     val_fraction: float = 0.2
@@ -50,6 +53,8 @@ class Recipe:
                 raise ValueError(f"--{name} is {getattr(self, name)}: give {smallest} or more.")
         if not self.lr > 0:
             raise ValueError(f"--lr is {self.lr}: give a positive learning rate, for example 1e-3.")
+        if not 0 < self.attention_scale < float("inf"):
+            raise ValueError(f"--attention-scale is {self.attention_scale}: give a positive factor, for example 1")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val-fraction is {self.val_fraction}: give a share from 0 up to, not including, 1.")
         if not 0 <= self.dropout < 1:

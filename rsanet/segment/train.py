@@ -231,12 +231,13 @@ def train(data: str | Path, run: str | Path, recipe: Recipe, contrasts: Sequence
         recipe.channels,
         dropout=recipe.dropout,
         attention=None if recipe.attention == "none" else recipe.attention,
+        scale=recipe.attention_scale,
     ).to(memory_format=memory_format(device))
+    backend = attention_backend(network, recipe.patch, device, precision)
     print(
         f"Training on {len(training)} cases ({', '.join(contrasts)}), {len(held_out)} held out: "
-        f"{describe_device(device)}, attention backend "
-        f"{attention_backend(network, recipe.patch, device, precision)}, precision {precision}, patch {'×'.join(map(str, recipe.patch))}, "
-        f"batch {recipe.batch}, seed {recipe.seed}.",
+        f"{describe_device(device)}, attention backend {backend}, precision {precision}, "
+        f"patch {'×'.join(map(str, recipe.patch))}, batch {recipe.batch}, seed {recipe.seed}.",
         flush=True,
     )
     config = {

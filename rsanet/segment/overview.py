@@ -1,0 +1,64 @@
+"""One picture of a cohort's predictions, with the attention maps of the model behind them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from rsanet.segment.data import Case, is_simulated, list_cases
+from rsanet.segment.metrics import PROTOCOLS, Protocol, find_masks
+from rsanet.segment.predict import Segmenter
+from rsanet.segment.report import View, draw_report
+
+SUBJECTS = 3  # rows of a picture that still reads at a glance
+
+
+def choose_cases(cases: Sequence[Case], predicted: dict[str, list[Path]], subjects: Sequence[str]) -> list[Case]:
+    """The subjects asked for, else the first few; all need a prediction."""
+    by_id = {case.id: case for case in cases}
+    unknown = [subject for subject in subjects if subject not in by_id]
+    if unknown:
+        raise ValueError(f"There is no subject {', '.join(unknown)}: give some of {', '.join(by_id)}.")
+    chosen = [by_id[subject] for subject in subjects] or [case for case in cases if case.id in predicted][:SUBJECTS]
+    without = [case.id for case in chosen if case.id not in predicted]
+    if without or not chosen:
+        raise ValueError(f"There is no predicted mask of {', '.join(without) or 'any subject'}: run predict first.")
+    return chosen
+
+
+def draw_cohort(
+    out: str | Path,
+    data: str | Path,
+    predictions: str | Path,
+    model: Segmenter | None = None,
+    *,
+    subjects: Sequence[str] = (),
+    protocol: Protocol = PROTOCOLS["custom"],
+) -> Path:
+    """Draws subjects of a cohort, a row each, and the attention maps of the first.
+
+    Args:
+        out: picture to write.
+        data: the cohort, with or without reference masks.
+        predictions: folder of predicted masks.
+        model: whose attention to draw, in the window around the largest lesion; None draws no maps.
+        subjects: which subjects; by default the first three that have a prediction.
+        protocol: how lesions are counted.
+    """
+    cases, contrasts = list_cases(data)
+    if not Path(predictions).is_dir():
+        raise FileNotFoundError(f"{predictions} is not a folder: give the folder that predict wrote.")
+    predicted = find_masks(predictions)
+    chosen = choose_cases(cases, predicted, subjects)
+    shown = "FLAIR" if "FLAIR" in contrasts else contrasts[0]
+    views = [
+        View.of(case.images[shown], case.mask, predicted[case.id][0], name=case.id, protocol=protocol)
+        for case in chosen
+    ]
+    maps: dict[str, np.ndarray] = {}
+    if model is not None:
+        first = chosen[0]
+        maps = model.attention_maps(replace(first, mask=first.mask or predicted[first.id][0]))
+    title = f"Lesion segmentation of {data}"
+    return draw_report(views, maps, out, title=title, protocol=protocol, simulated=is_simulated(data))

@@ -1,0 +1,318 @@
+import csv
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from rsanet import cli
+from rsanet.segment import predict
+
+HEAVY = ("torch", "monai", "lightning", "nibabel", "scipy", "numpy", "matplotlib")
+COMMANDS = ("simulate", "train", "predict", "evaluate", "report", "doctor")
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        timeout=120,
+    )
+
+
+def is_one_sentence(err):
+    return err.startswith("rsanet: ") and len(err.splitlines()) == 1 and "Traceback" not in err
+
+
+def images_of(root, phantoms, subject="sub-001"):
+    return [phantoms.image_path(root, subject, contrast) for contrast in ("FLAIR", "T1w", "T2w")]
+
+
+def test_from_images_to_scores_and_a_picture(trained, cohort, tmp_path, rsanet):
+    masks = tmp_path / "masks"
+    code, out, _ = rsanet("predict", trained, "--data", cohort, "-o", masks)
+    assert code == 0
+    first, *_, last = out.splitlines()
+    assert "attention backend" in first
+    assert "precision" in first
+    assert "window 16×16×16" in first
+    assert str(masks) in last
+
+    code, out, _ = rsanet(
+        "evaluate", masks, cohort, "--csv", tmp_path / "scores.csv", "--json", tmp_path / "scores.json"
+    )
+    assert code == 0
+    assert "no clinical meaning" in out
+    assert "26-connected" in out
+    with (tmp_path / "scores.csv").open() as file:
+        scores = list(csv.DictReader(file))
+    assert [row["subject"] for row in scores] == ["sub-001", "sub-002", "sub-003", "sub-004"]
+    assert sum(float(row["dice"]) for row in scores) / 4 > 0.5
+    assert json.loads((tmp_path / "scores.json").read_text())["protocol"]["connectivity"] == 26
+
+    picture = tmp_path / "report.png"
+    code, out, _ = rsanet("report", picture, "--data", cohort, "--pred", masks, "--model", trained)
+    assert code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in out
+
+
+def test_one_subject_gets_one_mask(trained, cohort, phantoms, tmp_path, rsanet):
+    out_file = tmp_path / "mask.nii.gz"
+    code, out, err = rsanet("predict", trained, "-i", *images_of(cohort, phantoms), "-o", out_file)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == f"The mask is {out_file}."
+    assert nib.load(out_file).get_data_dtype() == np.uint8
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.nii.gz"]
+    again = tmp_path / "again.nii"
+    model = trained / "model.safetensors"
+    options = [option for path in images_of(cohort, phantoms) for option in ("-i", path)]
+    assert rsanet("predict", model, *options, "-o", again)[0] == 0
+    assert np.array_equal(np.asarray(nib.load(again).dataobj), np.asarray(nib.load(out_file).dataobj))
+
+
+def test_real_data_get_no_remark_about_simulation(cohort, tmp_path, phantoms, rsanet):
+    mask = shutil.copy(phantoms.mask_path(cohort, "sub-001"), tmp_path / "sub-001.nii.gz")
+    code, out, _ = rsanet("evaluate", mask, mask)
+    assert code == 0
+    assert "1.000" in out
+    assert "clinical" not in out
+
+
+def spoil(kind, path):
+    """Turns a good image into one of the files that turn up in practice."""
+    image = nib.load(path)
+    voxels = np.asarray(image.dataobj).copy()
+    path.unlink()
+    if kind == "missing":
+        return
+    if kind == "text":
+        path.write_text("This is not an image.\n")
+    elif kind == "truncated":
+        nib.save(nib.Nifti1Image(voxels, image.affine), path)
+        path.write_bytes(path.read_bytes()[:-3000])
+    elif kind == "gzipped text":
+        path.write_bytes(gzip.compress(b"This is not an image.\n"))
+    else:
+        voxels = {
+            "zeros": np.zeros_like(voxels),
+            "no voxels": voxels[:, :0],
+            "NaN": np.where(voxels > 0, np.nan, voxels),
+            "4-D": np.stack([voxels, voxels], -1),
+        }[kind]
+        nib.save(nib.Nifti1Image(voxels, image.affine), path)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "gzipped text", "zeros", "no voxels", "NaN", "4-D"])
+def test_a_bad_image_gets_one_sentence_and_no_mask(trained, tmp_path, phantoms, rsanet, kind, which):
+    phantoms.write_subject(tmp_path / "in", "sub-001", 1)
+    images = images_of(tmp_path / "in", phantoms)
+    spoil(kind, images[which])
+    (tmp_path / "out").mkdir()
+    code, out, err = rsanet("predict", trained, "-i", *images, "-o", tmp_path / "out" / "mask.nii.gz")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert images[which].name in err
+    assert "The mask is" not in out
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_wrong_number_of_images_names_the_wanted_contrasts(trained, cohort, phantoms, tmp_path, rsanet):
+    code, _, err = rsanet("predict", trained, "-i", images_of(cohort, phantoms)[0], "-o", tmp_path / "m.nii.gz")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert "FLAIR T1w T2w" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("nowhere/m.nii.gz", "nowhere does not exist"), ("m.png", "end it in .nii.gz"), ("file/m.nii.gz", "file")],
+)
+def test_an_output_that_cannot_be_written_is_refused(trained, cohort, phantoms, tmp_path, rsanet, name, reason):
+    (tmp_path / "file").write_text("")
+    code, _, err = rsanet("predict", trained, "-i", *images_of(cohort, phantoms), "-o", tmp_path / name)
+    assert code == 1
+    assert is_one_sentence(err)
+    assert reason in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_folder_without_permission_is_refused(trained, cohort, phantoms, tmp_path, rsanet, monkeypatch):
+    # Tests may run as root, to whom every folder is writable.
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    code, _, err = rsanet("predict", trained, "-i", *images_of(cohort, phantoms), "-o", tmp_path / "m.nii.gz")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert "not writable" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["missing.safetensors", "empty", "text.safetensors"])
+def test_what_is_no_model_is_refused(cohort, phantoms, tmp_path, rsanet, model):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.safetensors").write_text("no weights")
+    code, _, err = rsanet("predict", tmp_path / model, "-i", *images_of(cohort, phantoms), "-o", tmp_path / "m.nii.gz")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert model in err
+    assert not (tmp_path / "m.nii.gz").exists()
+
+
+def test_a_cohort_goes_on_past_a_bad_case_and_names_it_at_the_end(trained, tmp_path, phantoms, rsanet):
+    root = phantoms.write_cohort(tmp_path / "data", 3)
+    spoil("truncated", phantoms.image_path(root, "sub-002"))
+    code, out, err = rsanet("predict", trained, "--data", root, "-o", tmp_path / "masks")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert "1 of 3" in err
+    assert "sub-002" in err
+    assert "2/3  no mask: " in out
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {
+        "predictions.csv",
+        "sub-001_label-lesion_mask.nii.gz",
+        "sub-003_label-lesion_mask.nii.gz",
+    }
+
+
+def test_training_names_every_bad_case_before_the_first_step(tmp_path, phantoms, rsanet, tiny):
+    root = phantoms.write_cohort(tmp_path / "data", 4)
+    phantoms.image_path(root, "sub-001", "T2w").unlink()
+    spoil("NaN", phantoms.image_path(root, "sub-003"))
+    code, out, err = rsanet("train", root, "-o", tmp_path / "run", *tiny)
+    assert code == 1
+    assert "2 of 4 cases" in err
+    assert "sub-001 has no T2w" in err
+    assert "sub-003_FLAIR.nii.gz" in err
+    assert "Traceback" not in err
+    assert "step" not in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_a_model_is_refused(trained, cohort, rsanet, tiny):
+    code, _, err = rsanet("train", cohort, "-o", trained, *tiny)
+    assert code == 1
+    assert is_one_sentence(err)
+    assert "already has a trained model" in err
+
+
+def test_a_comparison_with_missing_masks_shows_the_others_and_fails(cohort, tmp_path, phantoms, rsanet):
+    shutil.copy(phantoms.mask_path(cohort, "sub-002"), tmp_path / "sub-002.nii.gz")
+    code, out, err = rsanet("evaluate", tmp_path, cohort)
+    assert code == 1
+    assert is_one_sentence(err)
+    assert "3 cases" in err
+    assert "sub-002" in out
+    assert "sub-003 has a reference but no prediction" in out
+
+
+def test_a_picture_of_nobody_is_refused(cohort, trained, tmp_path, rsanet):
+    (tmp_path / "masks").mkdir()
+    code, _, err = rsanet("report", tmp_path / "r.png", "--data", cohort, "--pred", tmp_path / "masks")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert "no predicted mask" in err
+    assert not (tmp_path / "r.png").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["predict", "model", "-o", "x.nii.gz"],
+        ["predict", "model", "-i", "a.nii.gz"],
+        ["train", "data"],
+        ["train", "data", "-o", "run", "--steps", "many"],
+        ["segment"],
+        ["evaluate", "one"],
+    ],
+)
+def test_wrong_usage_exits_with_2(rsanet, args):
+    code, _, err = rsanet(*args)
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_settings_are_refused_before_anything_is_read(rsanet, tmp_path):
+    code, _, err = rsanet("train", tmp_path / "nowhere", "-o", tmp_path / "run", "--lr", "-1")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert "--lr is -1.0" in err
+
+
+def test_several_values_may_follow_one_option(monkeypatch, rsanet, tmp_path):
+    seen = {}
+    monkeypatch.setattr(
+        "rsanet.segment.train.train", lambda data, out, recipe, contrasts: seen.update(recipe=recipe, names=contrasts)
+    )
+    code, _, _ = rsanet(
+        "train", "data", "--contrasts", "FLAIR", "T2w", "--channels", "8", "16", "-o", "run", "--patch", "8", "9", "10"
+    )
+    assert code == 0
+    assert seen["names"] == ["FLAIR", "T2w"]
+    assert seen["recipe"].channels == (8, 16)
+    assert seen["recipe"].patch == (8, 9, 10)
+
+
+def test_an_unexpected_error_is_one_sentence_and_debug_shows_its_traceback(monkeypatch, rsanet, tmp_path):
+    def fail(path):
+        raise KeyError("weights")
+
+    (tmp_path / "model.safetensors").write_text("")
+    monkeypatch.setattr(predict, "load_model", fail)
+    args = ["predict", tmp_path, "-i", "a.nii.gz", "-o", tmp_path / "m.nii.gz"]
+    code, _, err = rsanet(*args)
+    assert code == 1
+    assert is_one_sentence(err)
+    assert "KeyError" in err
+    assert "RSANET_DEBUG=1" in err
+    monkeypatch.setenv("RSANET_DEBUG", "1")
+    with pytest.raises(KeyError, match="weights"):
+        cli.main([str(arg) for arg in args])
+
+
+def test_the_command_line_imports_nothing_heavy():
+    result = python(f"import sys, rsanet.cli; print([name for name in {HEAVY} if name in sys.modules])")
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_help_lists_every_command_and_says_research_only(rsanet):
+    code, out, _ = rsanet("--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+    assert "Research use only" in out
+    code, out, _ = rsanet("predict", "--help")
+    assert "results depend on it" in " ".join(out.split())
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it():
+    result = python(
+        "import sys; sys.modules['monai'] = None; from rsanet.cli import main; main(['train', 'a', '-o', 'b'])"
+    )
+    assert result.returncode == 1
+    assert is_one_sentence(result.stderr)
+    assert "monai" in result.stderr
+    assert 'pip install "rsanet[segment]"' in result.stderr
+    result = python("import sys; sys.modules['typer'] = None; import rsanet.cli")
+    assert result.returncode == 1
+    assert 'pip install "rsanet[segment]"' in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_doctor_shows_versions_hardware_and_backends(rsanet):
+    code, out, _ = rsanet("doctor")
+    assert code == 0
+    facts = dict(line.split("  ", 1) for line in out.splitlines())
+    assert facts["torch"].strip() == torch.__version__
+    assert facts["python"].strip() == ".".join(map(str, sys.version_info[:3]))
+    assert facts["backend torch"].strip() == "usable"
+    assert "cores" in facts["cpu"]
