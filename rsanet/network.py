@@ -21,14 +21,13 @@ CONFIG_KEY, EXTRA_KEY = "rsanet_config", "rsanet_extra"
 class RSANet(nn.Module):
     """3-D U-Net with recurrent slice-wise attention, from "RSANet" (Zhang et al., MICCAI 2019).
 
-    The defaults are the published network: the same function with the same 74
-    parameters under the same names. Volumes are ``(N, C, D, H, W)`` of any size; odd sizes are padded or
-    cropped at the skip connections as published. Levels are numbered from 0, full resolution, to the
-    bottleneck, which is also -1.
+    The defaults are the published network: the same function with the same 74 parameters under the same names.
+    Volumes are ``(N, C, D, H, W)`` of any size; odd sizes are padded or cropped at the skip connections as published.
+    Levels are numbered from 0, full resolution, to the bottleneck, which is also -1.
 
-    RSA attention is global over its input, so predictions depend on the window they are made in. Training
-    with ``upsample="trilinear"`` or ``downsample="max_pool"`` is not bitwise repeatable on CUDA, because
-    the backward of these PyTorch operators is not; every other choice is.
+    RSA attention is global over its input, so predictions depend on the window they are made in. For training that
+    repeats bitwise on CUDA, use ``torch.use_deterministic_algorithms(True)`` and neither ``upsample="trilinear"`` nor
+    ``downsample="max_pool"``: their backward has no deterministic form in PyTorch.
 
     Args:
         in_channels: channels of the input, one per contrast.
@@ -184,7 +183,7 @@ class RSANet(nn.Module):
     def _decode(self, x: Tensor) -> list[Tensor]:
         """The features of every decoder level, full resolution first."""
         if not torch.compiler.is_compiling():
-            # A graph has no use for messages, and checking sizes would tie it to them.
+            # The messages are for a caller; in a graph the checks would be conditions on its sizes.
             self._check_input(x)
         bottleneck = len(self.config["channels"]) - 1
         skips, features = [], []
@@ -475,8 +474,6 @@ def load_model(path: str | os.PathLike, *, recompute: bool = False, backend: str
         extra = json.loads(metadata.get(EXTRA_KEY, "{}"))
         if not isinstance(config, dict) or not isinstance(extra, dict):
             raise TypeError("they are not JSON objects")
-        if unknown := sorted(set(config) - set(RSANet(channels=(8, 8), attention=None).config)):
-            raise ValueError(f"{unknown[0]!r} is no argument of RSANet")
         with torch.device("meta"):
             model = RSANet(**config, recompute=recompute, backend=backend)
     except (TypeError, ValueError, RuntimeError, RecursionError) as error:

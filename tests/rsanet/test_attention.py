@@ -291,6 +291,8 @@ def test_attributes_of_the_wrapped_module_stay_reachable():
     assert model.stages[0].kernel_size == (3, 3, 3)
     with pytest.raises(AttributeError, match="no_such_thing"):
         model.encoder.no_such_thing  # noqa: B018
+    with pytest.raises(AttributeError):
+        WithRSA.__new__(WithRSA).anything  # noqa: B018
 
 
 def test_inserted_parameters_train():
