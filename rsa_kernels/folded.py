@@ -11,7 +11,8 @@ Traffic per step, in multiples of ``C*V``: forward 3 (read for the map, read and
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -25,51 +26,52 @@ CPU_TILE_BYTES = 1 << 20
 GPU_TILE_BYTES = 1 << 27
 
 
+def _product(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
+    """``out = left @ right`` for a batch of matrices, on top of what ``out`` holds with ``add``."""
+    if out.shape[0] == 1:
+        torch.addmm(out[0], left[0], right[0], beta=int(add), out=out[0])
+    else:
+        torch.baddbmm(out, left, right, beta=int(add), out=out)
+
+
 class ChannelsLast:
-    """Tiles ``(S, p, C)``, for volumes whose channels are neighbours in memory."""
+    """Tiles ``(n, S, p, C)``, for volumes whose channels are neighbours in memory."""
 
     @staticmethod
-    def order(slices: int, outer: int, inner: int) -> tuple[int, ...]:
-        """Dims of ``(C, D, H, W)`` in the order of a tile."""
-        return (slices, outer, inner, 0)
+    def order(axis: int, outer: int, inner: int) -> tuple[int, ...]:
+        """Dims of ``(N, C, D, H, W)`` in the order of a tile, ``p`` as two."""
+        return (0, axis, outer, inner, 1)
 
     @staticmethod
     def project(weight: Tensor, tile: Tensor, out: Tensor, add: bool = False) -> None:
         """``out = weight @ voxel`` for every voxel; with ``add`` on top of what ``out`` holds."""
-        channels = tile.shape[2]
-        torch.addmm(
-            out.view(-1, channels),
-            tile.view(-1, channels),
-            weight.T,
-            beta=int(add),
-            out=out.view(-1, channels),
-        )
+        out = out.view(-1, out.shape[3])
+        torch.addmm(out, tile.view(out.shape), weight.T, beta=int(add), out=out)
 
     @staticmethod
     def mix(matrix: Tensor, tile: Tensor, out: Tensor, add: bool = False) -> None:
         """``out_i = sum_j matrix_ij tile_j`` over slices; with ``add`` on top of what ``out`` holds."""
-        slices = tile.shape[0]
-        torch.addmm(out.view(slices, -1), matrix, tile.view(slices, -1), beta=int(add), out=out.view(slices, -1))
+        _product(matrix, tile.flatten(2), out.flatten(2), add)
 
     @staticmethod
     def contract(rows: Tensor, columns: Tensor) -> Tensor:
-        """Inner products between the slices of two tiles: ``(S, S)``."""
-        return rows.flatten(1) @ columns.flatten(1).T
+        """Inner products between the slices of two tiles: ``(n, S, S)``."""
+        return rows.flatten(2) @ columns.flatten(2).mT
 
     @staticmethod
     def correlate(rows: Tensor, columns: Tensor, total: Tensor) -> None:
         """Adds the products between the channels of two tiles, summed over voxels, to ``total`` ``(C, C)``."""
-        total.addmm_(rows.flatten(0, 1).T, columns.flatten(0, 1))
+        total.addmm_(rows.view(-1, rows.shape[3]).T, columns.view(-1, rows.shape[3]))
 
     @staticmethod
     def sum_voxels(tile: Tensor) -> Tensor:
-        """Sum over slices and positions: ``(C,)``."""
-        return tile.sum((0, 1))
+        """Sum over samples, slices and positions: ``(C,)``."""
+        return tile.sum((0, 1, 2))
 
     @staticmethod
     def broadcast(values: Tensor) -> Tensor:
-        """Channel values ``(C,)``, or slice by channel ``(S, C)``, in a tile's four-dimensional view."""
-        return values if values.dim() == 1 else values[:, None, None, :]
+        """Channel values ``(C,)``, or slice by channel ``(n, S, C)``, against a tile's view with ``p`` as two dims."""
+        return values if values.dim() == 1 else values[:, :, None, None]
 
 
 class ChannelsFirst:
@@ -78,67 +80,70 @@ class ChannelsFirst:
     @staticmethod
     def project(weight: Tensor, tile: Tensor, out: Tensor, add: bool = False) -> None:
         """As :meth:`ChannelsLast.project`."""
-        channels = tile.shape[0]
-        torch.addmm(out.view(channels, -1), weight, tile.view(channels, -1), beta=int(add), out=out.view(channels, -1))
+        _product(weight.expand(len(tile), -1, -1), tile.flatten(2), out.flatten(2), add)
 
     @staticmethod
     def correlate(rows: Tensor, columns: Tensor, total: Tensor) -> None:
         """As :meth:`ChannelsLast.correlate`."""
-        total.addmm_(rows.flatten(1), columns.flatten(1).T)
+        if len(rows) == 1:
+            total.addmm_(rows[0].flatten(1), columns[0].flatten(1).T)
+        else:
+            total += (rows.flatten(2) @ columns.flatten(2).mT).sum(0)
 
     @staticmethod
     def sum_voxels(tile: Tensor) -> Tensor:
         """As :meth:`ChannelsLast.sum_voxels`."""
-        return tile.sum((1, 2))
+        return tile.sum((0, 2, 3))
 
 
 class SlicesOutside(ChannelsFirst):
-    """Tiles ``(C, S, p)``, for contiguous volumes sliced along any axis but the last."""
+    """Tiles ``(n, C, S, p)``, for contiguous volumes sliced along any axis but the last."""
 
     @staticmethod
-    def order(slices: int, outer: int, inner: int) -> tuple[int, ...]:
+    def order(axis: int, outer: int, inner: int) -> tuple[int, ...]:
         """As :meth:`ChannelsLast.order`."""
-        return (0, slices, outer, inner)
+        return (0, 1, axis, outer, inner)
 
     @staticmethod
     def mix(matrix: Tensor, tile: Tensor, out: Tensor, add: bool = False) -> None:
         """As :meth:`ChannelsLast.mix`."""
-        torch.baddbmm(out, matrix.expand(tile.shape[0], -1, -1), tile, beta=int(add), out=out)
+        # One sample's matrix serves all channels by a stride of zero; those of several samples are repeated.
+        matrices = matrix[:, None].expand(-1, tile.shape[1], -1, -1).flatten(0, 1)
+        _product(matrices, tile.flatten(0, 1), out.flatten(0, 1), add)
 
     @staticmethod
     def contract(rows: Tensor, columns: Tensor) -> Tensor:
         """As :meth:`ChannelsLast.contract`."""
-        return torch.bmm(rows, columns.transpose(1, 2)).sum(0)
+        return (rows @ columns.mT).sum(1)
 
     @staticmethod
     def broadcast(values: Tensor) -> Tensor:
         """As :meth:`ChannelsLast.broadcast`."""
-        return values[:, None, None, None] if values.dim() == 1 else values.T[:, :, None, None]
+        return values[:, None, None, None] if values.dim() == 1 else values.mT[..., None, None]
 
 
 class SlicesInside(ChannelsFirst):
-    """Tiles ``(C, p, S)``, for contiguous volumes sliced along the last axis."""
+    """Tiles ``(n, C, p, S)``, for contiguous volumes sliced along the last axis."""
 
     @staticmethod
-    def order(slices: int, outer: int, inner: int) -> tuple[int, ...]:
+    def order(axis: int, outer: int, inner: int) -> tuple[int, ...]:
         """As :meth:`ChannelsLast.order`."""
-        return (0, outer, inner, slices)
+        return (0, 1, outer, inner, axis)
 
     @staticmethod
     def mix(matrix: Tensor, tile: Tensor, out: Tensor, add: bool = False) -> None:
         """As :meth:`ChannelsLast.mix`."""
-        slices = tile.shape[2]
-        torch.addmm(out.view(-1, slices), tile.view(-1, slices), matrix.T, beta=int(add), out=out.view(-1, slices))
+        _product(tile.flatten(1, 2), matrix.mT, out.flatten(1, 2), add)
 
     @staticmethod
     def contract(rows: Tensor, columns: Tensor) -> Tensor:
         """As :meth:`ChannelsLast.contract`."""
-        return rows.flatten(0, 1).T @ columns.flatten(0, 1)
+        return rows.flatten(1, 2).mT @ columns.flatten(1, 2)
 
     @staticmethod
     def broadcast(values: Tensor) -> Tensor:
         """As :meth:`ChannelsLast.broadcast`."""
-        return values[:, None, None, None] if values.dim() == 1 else values.T[:, None, None, :]
+        return values[:, None, None, None] if values.dim() == 1 else values.mT[:, :, None, None]
 
 
 class Walk:
@@ -161,31 +166,30 @@ class Walk:
             self.layout = SlicesInside
         else:
             self.layout = SlicesOutside
-        self._order = self.layout.order(axis - 1, outer - 1, inner - 1)
-        self._outer = self._order.index(outer - 1)
+        self._order = self.layout.order(axis, outer, inner)
+        self._outer = self._order.index(outer)
 
-        channels, slices = x.shape[1], x.shape[axis]
         dtype = accumulation_dtype(x.dtype)
         on_cpu = x.device.type == "cpu"
         limit = CPU_TILE_BYTES * max(2, torch.get_num_threads()) if on_cpu else GPU_TILE_BYTES
-        positions = max(1, limit // (channels * slices * dtype.itemsize))
+        column = x.shape[1] * x.shape[axis]
+        positions = max(1, limit // (column * dtype.itemsize))
         columns = _cut(x.shape[inner], positions)
         rows = _cut(x.shape[outer], max(1, positions // x.shape[inner]))
-        self._blocks = [(row, column) for row in rows for column in columns]
-        largest = max(row.stop - row.start for row in rows) * max(column.stop - column.start for column in columns)
-        self.scratch = x.new_empty((buffers, channels * slices * largest), dtype=dtype)
+        samples = _cut(x.shape[0], max(1, positions // (x.shape[inner] * x.shape[outer])))
+        self._blocks = list(product(samples, rows, columns))
+        largest = [max(part.stop - part.start for part in parts) for parts in (samples, rows, columns)]
+        self.scratch = x.new_empty((buffers, column * prod(largest)), dtype=dtype)
 
-    def tiles(self, volumes: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """The tiles of one sample's volumes ``(C, D, H, W)``, as four-dimensional views in tile order."""
+    def tiles(self, *volumes: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+        """The samples of each tile, and the views of that tile in each volume ``(N, C, D, H, W)``."""
         arranged = [volume.permute(self._order) for volume in volumes]
-        for row, column in self._blocks:
-            if self._outer == 1:
-                yield [volume[:, row, column] for volume in arranged]
-            else:
-                yield [volume[:, :, row, column] for volume in arranged]
+        between = (slice(None),) * (self._outer - 1)
+        for samples, row, column in self._blocks:
+            yield samples, [volume[(samples, *between, row, column)] for volume in arranged]
 
     def buffers(self, view: Tensor) -> list[Tensor]:
-        """The scratch tiles, in three dimensions, for the size of one tile's view."""
+        """The scratch tiles, in four dimensions, for the size of one tile's view."""
         shape = list(view.shape)
         shape[self._outer : self._outer + 2] = [shape[self._outer] * shape[self._outer + 1]]
         return list(self.scratch[:, : view.numel()].view(-1, *shape).unbind())
@@ -234,13 +238,12 @@ def _attention_map(x: Tensor, axis: int, folded: Folded) -> Tensor:
     layout = walk.layout
     logits = folded.m.new_zeros((x.shape[0], x.shape[axis], x.shape[axis]))
     to_query = folded.m.T
-    for sample in range(x.shape[0]):
-        for (view,) in walk.tiles([x[sample]]):
-            tile, query = walk.buffers(view)
-            _pack(view, tile)
-            layout.project(to_query, tile, query)
-            query.view(view.shape).add_(layout.broadcast(folded.u))
-            logits[sample] += layout.contract(query, tile)
+    for samples, (view,) in walk.tiles(x):
+        tile, query = walk.buffers(view)
+        _pack(view, tile)
+        layout.project(to_query, tile, query)
+        query.view(view.shape).add_(layout.broadcast(folded.u))
+        logits[samples] += layout.contract(query, tile)
     return torch.softmax(logits, -1)
 
 
@@ -250,13 +253,12 @@ def _mix(x: Tensor, attention: Tensor, axis: int, beta: Tensor, folded: Folded, 
     layout = walk.layout
     weight = beta * folded.g_weight
     bias = layout.broadcast(beta * folded.g_bias)
-    for sample in range(x.shape[0]):
-        for view, target in walk.tiles([x[sample], out[sample]]):
-            tile, mixed = walk.buffers(view)
-            _pack(view, tile)
-            layout.mix(attention[sample], tile, mixed)
-            layout.project(weight, mixed, tile, add=True)
-            _unpack(tile, target, bias)
+    for samples, (view, target) in walk.tiles(x, out):
+        tile, mixed = walk.buffers(view)
+        _pack(view, tile)
+        layout.mix(attention[samples], tile, mixed)
+        layout.project(weight, mixed, tile, add=True)
+        _unpack(tile, target, bias)
 
 
 def recurrent_slice_attention(
@@ -313,69 +315,60 @@ def _step_backward(
 
     """
     channels, slices = x.shape[1], x.shape[axis]
-    wide = channels > 2 * slices
+    wide = channels > 2 * slices and grad_x is not None
     walk = Walk(x, axis, buffers=3)
     layout = walk.layout
     to_value, from_value = folded.g_weight, folded.g_weight.T
-    kept = torch.empty_like(x, dtype=beta.dtype) if wide and grad_x is not None else None
-    scaled_attention = beta * attention
+    kept = [torch.empty_like(x, dtype=beta.dtype)] if wide else []
     grad_sum = torch.zeros_like(folded.u)
     contracted = torch.zeros_like(attention)
     value_weight = torch.zeros_like(to_value)
-    for sample in range(x.shape[0]):
-        volumes = [x[sample], grad[sample]] + ([kept[sample]] if kept is not None else [])
-        for view, grad_view, *kept_view in walk.tiles(volumes):
-            tile, grad_tile, work = walk.buffers(view)
-            _pack(view, tile)
-            _pack(grad_view, grad_tile)
-            grad_sum += layout.sum_voxels(grad_tile)
-            if wide and need_value:
-                layout.mix(attention[sample], tile, work)
-                layout.correlate(grad_tile, work, value_weight)
-            layout.project(from_value, grad_tile, work)
-            contracted[sample] += layout.contract(work, tile)
-            if kept_view:
-                _unpack(work, kept_view[0])
+    for samples, (view, grad_view, *kept_view) in walk.tiles(x, grad, *kept):
+        tile, grad_tile, work = walk.buffers(view)
+        _pack(view, tile)
+        _pack(grad_view, grad_tile)
+        grad_sum += layout.sum_voxels(grad_tile)
+        if wide and need_value:
+            layout.mix(attention[samples], tile, work)
+            layout.correlate(grad_tile, work, value_weight)
+        layout.project(from_value, grad_tile, work)
+        contracted[samples] += layout.contract(work, tile)
+        if wide:
+            _unpack(work, *kept_view)
 
     grad_beta = (attention * contracted).sum() + folded.g_bias @ grad_sum
     totals.g_bias.add_(beta * grad_sum)
-    if grad_x is None and not need_folded and (wide or not need_value):
-        totals.g_weight.add_(beta * value_weight)
+    if grad_x is None and not need_folded and not need_value:
         return grad_beta
 
     grad_logits = _softmax_backward(attention, beta * contracted)
-    columns = grad_logits.sum(1)
-    for sample in range(x.shape[0]):
-        volumes = [x[sample], grad[sample]]
-        volumes += [grad_x[sample]] if grad_x is not None else []
-        volumes += [kept[sample]] if kept is not None else []
-        dl, dl_t = grad_logits[sample], grad_logits[sample].T
-        for view, grad_view, *others in walk.tiles(volumes):
-            tile, total, work = walk.buffers(view)
-            _pack(view, tile)
-            _pack(grad_view, total)
-            if not wide:
-                layout.mix(attention[sample].T, total, work)
-                if need_value:
-                    layout.correlate(work, tile, value_weight)
-                if grad_x is not None:
-                    layout.project(beta * from_value, work, total, add=True)
-            layout.mix(dl, tile, work)
-            if need_folded:
-                layout.correlate(tile, work, totals.m)
-                totals.u.add_(layout.sum_voxels(work))
-            if grad_x is None:
-                continue
-            layout.project(folded.m, work, total, add=True)
-            if wide:
-                _pack(others[1], work)
-                layout.mix(scaled_attention[sample].T, work, total, add=True)
-                layout.project(folded.m.T, tile, work)
-                layout.mix(dl_t, work, total, add=True)
-            else:
-                layout.mix(dl_t, tile, work)
-                layout.project(folded.m.T, work, total, add=True)
-            _unpack(total, others[0], layout.broadcast(torch.outer(columns[sample], folded.u)))
+    spread = grad_logits.sum(1)[:, :, None] * folded.u
+    for samples, (view, grad_view, *others) in walk.tiles(x, grad, *kept, *([] if grad_x is None else [grad_x])):
+        tile, total, work = walk.buffers(view)
+        _pack(view, tile)
+        _pack(grad_view, total)
+        if not wide:
+            layout.mix(attention[samples].mT, total, work)
+            if need_value:
+                layout.correlate(work, tile, value_weight)
+            if grad_x is not None:
+                layout.project(beta * from_value, work, total, add=True)
+        layout.mix(grad_logits[samples], tile, work)
+        if need_folded:
+            layout.correlate(tile, work, totals.m)
+            totals.u.add_(layout.sum_voxels(work))
+        if grad_x is None:
+            continue
+        layout.project(folded.m, work, total, add=True)
+        if wide:
+            _pack(others[0], work)
+            layout.mix(beta * attention[samples].mT, work, total, add=True)
+            layout.project(folded.m.T, tile, work)
+            layout.mix(grad_logits[samples].mT, work, total, add=True)
+        else:
+            layout.mix(grad_logits[samples].mT, tile, work)
+            layout.project(folded.m.T, work, total, add=True)
+        _unpack(total, others[-1], layout.broadcast(spread[samples]))
     totals.g_weight.add_(beta * value_weight)
     return grad_beta
 
@@ -439,12 +432,11 @@ def _contract(rows: Tensor, columns: Tensor, axis: int) -> Tensor:
     """``<rows_i, columns_j>`` for the slices of two volumes: ``(N, S, S)``."""
     walk = Walk(rows, axis, buffers=2)
     result = walk.scratch.new_zeros((rows.shape[0], rows.shape[axis], rows.shape[axis]))
-    for sample in range(rows.shape[0]):
-        for views in walk.tiles([rows[sample], columns[sample]]):
-            tiles = walk.buffers(views[0])
-            for view, tile in zip(views, tiles, strict=True):
-                _pack(view, tile)
-            result[sample] += walk.layout.contract(*tiles)
+    for samples, views in walk.tiles(rows, columns):
+        tiles = walk.buffers(views[0])
+        for view, tile in zip(views, tiles, strict=True):
+            _pack(view, tile)
+        result[samples] += walk.layout.contract(*tiles)
     return result
 
 
@@ -452,12 +444,11 @@ def _mix_slices(matrix: Tensor, volume: Tensor, axis: int, like: Tensor) -> Tens
     """``sum_j matrix_ij volume_j`` for every sample, in the memory format of ``like``."""
     out = torch.empty_like(like)
     walk = Walk(volume, axis, buffers=2)
-    for sample in range(volume.shape[0]):
-        for view, target in walk.tiles([volume[sample], out[sample]]):
-            tile, mixed = walk.buffers(view)
-            _pack(view, tile)
-            walk.layout.mix(matrix[sample], tile, mixed)
-            _unpack(mixed, target)
+    for samples, (view, target) in walk.tiles(volume, out):
+        tile, mixed = walk.buffers(view)
+        _pack(view, tile)
+        walk.layout.mix(matrix[samples], tile, mixed)
+        _unpack(mixed, target)
     return out
 
 
