@@ -1,5 +1,6 @@
 """RSANet: a 3-D U-Net with recurrent slice-wise attention, and the files its weights live in."""
 
+import itertools
 import json
 import os
 import pickle
@@ -298,12 +299,27 @@ def _load_strictly(model: RSANet, tensors: Mapping[str, Tensor], source: str) ->
         raise ValueError(
             f"{source} does not fit this network: parameters {', '.join(problems)}; give the arguments it was made with"
         )
-    # A copy, in the layout of a fresh parameter: neither the caller's tensors nor a mapped file stay
-    # attached.
+    # A copy, in the layout of a fresh parameter: neither the caller's tensors nor a mapped file stay attached.
     model.load_state_dict(
         {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
         assign=True,
     )
+
+
+def _infer_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The arguments of ``RSANet`` that published parameters tell; None if they are not such parameters."""
+    kernels = {key: tensor for key, tensor in tensors.items() if tensor.dim() == 5}
+    levels = itertools.takewhile(lambda level: f"conv{level}.layer.layer.0.conv.weight" in kernels, itertools.count(1))
+    stages = [*(f"conv{level}" for level in levels), "center"]
+    needed = ["init_conv.weight", "final.1.weight", *(f"{stage}.layer.layer.0.conv.weight" for stage in stages)]
+    if not all(key in kernels for key in needed):
+        return None
+    return {
+        "in_channels": kernels["init_conv.weight"].shape[1],
+        "out_channels": kernels["final.1.weight"].shape[0],
+        "channels": [kernels[f"{stage}.layer.layer.0.conv.weight"].shape[0] for stage in stages],
+        "attention": "rsa" if any(key.startswith("rsa_block.") for key in tensors) else None,
+    }
 
 
 def load_reference_checkpoint(path_or_state_dict: str | os.PathLike | Mapping[str, Any], **overrides: Any) -> RSANet:
@@ -336,29 +352,15 @@ def load_reference_checkpoint(path_or_state_dict: str | os.PathLike | Mapping[st
         raise TypeError(f"{type(path_or_state_dict).__name__} is no checkpoint: give a path or a state_dict")
     found = _find_state_dict(checkpoint, source)
 
-    anchor = next((key for key in found if key.endswith("init_conv.weight")), None)
-    prefix = "" if anchor is None else anchor.removesuffix("init_conv.weight")
+    first = next((key for key in found if key.endswith("init_conv.weight")), "")
+    prefix = first.removesuffix("init_conv.weight")
     tensors = {key.removeprefix(prefix): tensor for key, tensor in found.items()}
-    widths = []
-    for name in (*(f"conv{level}" for level in range(1, len(tensors))), "center"):
-        weight = tensors.get(f"{name}.layer.layer.0.conv.weight")
-        if weight is None and name != "center":
-            continue
-        if weight is None or weight.dim() != 5:
-            anchor = None
-            break
-        widths.append(weight.shape[0])
-    if anchor is None or "final.1.weight" not in tensors:
+    inferred = _infer_arguments(tensors)
+    if inferred is None:
         raise ValueError(
             f"{source} has no layers init_conv, conv1, ..., center and final (its first key is "
             f"{next(iter(found))!r}): give a checkpoint of the published RSANet"
         )
-    inferred = {
-        "in_channels": tensors["init_conv.weight"].shape[1],
-        "out_channels": tensors["final.1.weight"].shape[0],
-        "channels": widths,
-        "attention": "rsa" if any(key.startswith("rsa_block.") for key in tensors) else None,
-    }
     with torch.device("meta"):
         model = RSANet(**{**inferred, **overrides})
     _load_strictly(model, tensors, source)
