@@ -177,3 +177,13 @@ def test_colours_stay_apart_in_every_common_colour_blindness():
         for a in range(3):
             for b in range(a):
                 assert np.abs(seen[a] - seen[b]).max() > 0.3
+
+
+def test_the_slice_shown_is_the_slice_named(volumes, tmp_path):
+    flair, reference, _ = volumes
+    slab = np.zeros_like(flair)
+    slab[:, :, 14:17] = flair[:, :, 14:17]  # the head is seen in the lesion's slices alone
+    draw_overlay(slab, reference, None, None, tmp_path / "slab.png", affine=AFFINE, slices=1)
+    picture = matplotlib.image.imread(tmp_path / "slab.png")
+    panel = picture[170:-150, 75 : int(150 * (0.4 + report.PANEL)), 0]
+    assert panel.mean() > 0.3
