@@ -149,7 +149,7 @@ def predict(
         Path | None, typer.Option("-o", "--out", help="The mask, .nii.gz; with --data, the folder for masks.")
     ] = None,
     roi: Roi = None,
-    threshold: Annotated[float, typer.Option(help="Probability above which a voxel is lesion.")] = 0.5,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Probability above which a voxel is lesion.")] = 0.5,
     precision: PrecisionName = DEFAULTS.precision,
     device: Device = DEFAULTS.device,
 ) -> None:
@@ -181,10 +181,9 @@ def predict(
     typer.echo(segmenter.describe())
     predictions, failures = predict_cohort(segmenter, data, out, threshold=threshold, progress=progress)
     if failures:
-        raise ValueError(
-            f"{len(failures)} of {len(failures) + len(predictions)} cases have no mask: "
-            f"{', '.join(failures)}. The other masks are in {out}."
-        )
+        others = f" The other masks are in {out}." if predictions else ""
+        total = len(failures) + len(predictions)
+        raise ValueError(f"{len(failures)} of {total} cases have no mask: {', '.join(failures)}.{others}")
     typer.echo(f"The masks are in {out}, with predictions.csv.")
 
 

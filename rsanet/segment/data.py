@@ -198,11 +198,13 @@ def is_simulated(path: str | Path) -> bool:
     """Whether a path is in a cohort of `rsanet simulate`, by the ``dataset_description.json`` above it."""
     path = Path(path).resolve()
     for folder in (path, *path.parents):
-        description = folder / "dataset_description.json"
-        if description.is_file():
-            made_by = json.loads(description.read_text()).get("GeneratedBy") or [{}]
-            if any(entry.get("Name") == "rsanet simulate" for entry in made_by):
-                return True
+        try:
+            description = json.loads((folder / "dataset_description.json").read_text())
+            makers = [entry["Name"] for entry in description["GeneratedBy"]]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # no description here, or one that names no maker
+        if "rsanet simulate" in makers:
+            return True
     return False
 
 

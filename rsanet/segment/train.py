@@ -95,8 +95,7 @@ class LesionSegmentation(pl.LightningModule):
         """The patches up to the next validation; their randomness is a function of the seed and the step."""
         seed = self.recipe.seed + self.global_step
         steps = min(self.recipe.steps_between_validations, self.recipe.steps - self.global_step)
-        self.training_data.transform.set_random_state(seed)
-        order = torch.Generator().manual_seed(seed)
+        order = torch.Generator().manual_seed(seed)  # MONAI seeds the transforms from it as well
         return DataLoader(
             self.training_data,
             batch_size=self.recipe.batch,
@@ -187,6 +186,7 @@ class RunRecord(pl.Callback):
         )
         sys.stdout.flush()
         self.losses.clear()
+        module.held_out_dice.clear()
 
     def on_train_end(self, trainer: pl.Trainer, module: LesionSegmentation) -> None:
         """Closes the progress bar."""

@@ -233,6 +233,7 @@ def test_a_picture_of_nobody_is_refused(cohort, trained, tmp_path, rsanet):
         ["train", "data"],
         ["train", "data", "-o", "run", "--steps", "many"],
         ["segment"],
+        ["predict", "model", "-i", "a.nii.gz", "-o", "x.nii.gz", "--threshold", "2"],
         ["evaluate", "one"],
     ],
 )

@@ -226,3 +226,6 @@ def test_simulated_cohorts_are_known_by_their_description(cohort, tmp_path, phan
     assert is_simulated(cohort)
     assert is_simulated(phantoms.mask_path(cohort, "sub-001"))
     assert not is_simulated(tmp_path)
+    for description in ("no json", "[]", '{"GeneratedBy": [{"Name": "fMRIPrep"}]}', '{"GeneratedBy": null}'):
+        (tmp_path / "dataset_description.json").write_text(description)
+        assert not is_simulated(tmp_path)

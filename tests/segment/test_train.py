@@ -55,6 +55,7 @@ def test_the_same_seed_gives_the_same_weights(cohort, tmp_path):
 def test_the_last_steps_are_validated_too(cohort, tmp_path):
     train.train(cohort, tmp_path, Recipe(steps=5, validate_every=2, **SMALL))
     assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "5"]
+    assert all(row["dice"] for row in rows(tmp_path))
 
 
 def test_only_the_best_weights_are_kept(cohort, tmp_path, monkeypatch):
