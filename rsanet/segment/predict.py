@@ -17,10 +17,10 @@ from rsanet.attention import RSABlock
 from rsanet.network import RSANet, load_model
 from rsanet.segment.data import SUFFIXES, Case, list_cases, preprocessing, read_volume
 from rsanet.segment.environment import (
+    MEMORY_FORMAT,
     Precision,
     attention_backend,
     describe_device,
-    memory_format,
     pick_device,
     pick_precision,
 )
@@ -29,6 +29,7 @@ from rsanet.segment.metrics import label_lesions
 from rsanet.segment.recipe import triple
 
 MODEL_NAME = "model.safetensors"
+WINDOWS = 2  # per pass; see below why not one
 MASK_NAME = "{case}_label-lesion_mask.nii.gz"
 
 
@@ -57,13 +58,13 @@ def lesion_probability(
             # torch leaves narrow convolutions of a single volume to a kernel that is ten times slower.
             return predict_windows(windows.repeat(2, 1, 1, 1, 1))[:1]
         with precision.autocast(device):
-            logits = network(windows.contiguous(memory_format=memory_format(device)))
+            logits = network(windows.contiguous(memory_format=MEMORY_FORMAT))
         return torch.softmax(logits.float(), dim=1)[:, 1:]
 
     return sliding_window_inference(
         image,
         roi,
-        1,
+        WINDOWS,
         predict_windows,
         overlap=overlap,
         mode="gaussian",
@@ -104,11 +105,13 @@ class Segmenter:
         chosen = pick_device(device)
         network = load_model(path)
         extra = network.extra
-        if "contrasts" not in extra:
-            raise ValueError(f"{path} does not name the contrasts it was trained on: give a model of `rsanet train`.")
+        if not {"contrasts", "roi"} <= extra.keys():
+            raise ValueError(f"{path} does not name its contrasts and window: give a model of `rsanet train`.")
         window = triple(roi, "--roi") if roi else tuple(extra["roi"])
-        spacing = tuple(extra["spacing"]) if extra["spacing"] else None
-        network = network.to(chosen, memory_format=memory_format(chosen)).eval()
+        if min(window) < 1:
+            raise ValueError(f"--roi is {window}: give positive sizes in voxels.")
+        spacing = tuple(extra["spacing"]) if extra.get("spacing") else None
+        network = network.to(chosen, memory_format=MEMORY_FORMAT).eval()
         return cls(network, tuple(extra["contrasts"]), window, spacing, chosen, pick_precision(precision, chosen))
 
     @property

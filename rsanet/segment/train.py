@@ -23,10 +23,10 @@ from tqdm import tqdm
 from rsanet.network import RSANet, save_model
 from rsanet.segment.data import Case, find_cases, training_transforms, validation_transforms
 from rsanet.segment.environment import (
+    MEMORY_FORMAT,
     Precision,
     attention_backend,
     describe_device,
-    memory_format,
     package_versions,
     pick_device,
     pick_precision,
@@ -111,7 +111,7 @@ class LesionSegmentation(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         """Dice + cross-entropy of a batch of patches."""
-        logits = self.network(batch["image"].contiguous(memory_format=memory_format(self.device)))
+        logits = self.network(batch["image"].contiguous(memory_format=MEMORY_FORMAT))
         loss = self.loss(logits.float(), batch["mask"])
         if not torch.isfinite(loss):
             raise ValueError(
@@ -232,7 +232,7 @@ def train(data: str | Path, run: str | Path, recipe: Recipe, contrasts: Sequence
         dropout=recipe.dropout,
         attention=None if recipe.attention == "none" else recipe.attention,
         scale=recipe.attention_scale,
-    ).to(memory_format=memory_format(device))
+    ).to(memory_format=MEMORY_FORMAT)
     backend = attention_backend(network, recipe.patch, device, precision)
     print(
         f"Training on {len(training)} cases ({', '.join(contrasts)}), {len(held_out)} held out: "
