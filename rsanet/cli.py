@@ -59,7 +59,7 @@ Model = Annotated[Path, typer.Argument(help="A run folder of `rsanet train`, or 
 Roi = Annotated[
     list[int] | None,
     typer.Option(
-        help="Window of the network in voxels, one or three numbers; by default the training patch. "
+        help="Window of the network in voxels, one number or three along z, y, x; by default the training patch. "
         "Slice-wise attention is global over its window, so results depend on it."
     ),
 ]
@@ -91,7 +91,9 @@ def train(
         typer.Option(help="Contrasts in channel order, e.g. FLAIR T1w; by default all there are."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
-    patch: Annotated[list[int] | None, typer.Option(help="Patch in voxels, one or three numbers (64).")] = None,
+    patch: Annotated[
+        list[int] | None, typer.Option(help="Patch in voxels, one number or three along z, y, x (64).")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Patches per step.")] = DEFAULTS.batch,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = DEFAULTS.lr,
     channels: Annotated[
@@ -104,7 +106,7 @@ def train(
     dropout: Annotated[float, typer.Option(help="Dropout probability.")] = DEFAULTS.dropout,
     spacing: Annotated[
         list[float] | None,
-        typer.Option(help="Resample to this voxel size in mm; by default keep the images' own."),
+        typer.Option(help="Resample to this voxel size in mm, one number or three along z, y, x."),
     ] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the cases held out; 0 for none.")] = 0.2,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations (a fifth of all).")] = None,

@@ -1,0 +1,1 @@
+"""Lesion segmentation from files to scores. Needs the extra ``segment``."""

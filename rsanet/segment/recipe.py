@@ -13,7 +13,7 @@ class Recipe:
 
     Args:
         steps: optimizer steps.
-        patch: voxels of a training patch along each axis, and of the window at prediction.
+        patch: voxels of a training patch along z, y and x, and of the window at prediction.
         batch: patches per step.
         lr: peak learning rate, reached after the warm-up.
         channels: widths of the network's levels, the finest first.
@@ -21,7 +21,7 @@ class Recipe:
         attention_scale: factor on the logits of the attention. 1 is as published; the logits sum over a whole slice,
             so the softmax then picks single slices. 1 / sqrt(channels × voxels of a slice) keeps it graded.
         dropout: dropout probability of the network.
-        spacing: voxel size in mm to resample to, or None for the images' own.
+        spacing: voxel size in mm along z, y and x to resample to, or None for the images' own.
         val_fraction: share of the cases held out for validation; with 0 the last weights are kept.
         validate_every: steps between two validations, or None for five validations in all.
         seed: fixes the split, the initial weights, the patches and the augmentation.

@@ -130,6 +130,13 @@ def test_training_prints_its_own_lines_alone(cohort, tmp_path, capfd):
     assert all(line.startswith("step ") and "held-out Dice" in line for line in steps)
 
 
+def test_patches_can_be_prepared_by_other_processes(cohort, tmp_path):
+    for name in ("one", "again"):
+        train.train(cohort, tmp_path / name, Recipe(steps=3, workers=1, **SMALL))
+    one, again = weights(tmp_path / "one"), weights(tmp_path / "again")
+    assert all(torch.equal(one[key], again[key]) for key in one)
+
+
 @pytest.mark.parametrize(("has_bf16", "name"), [(True, "bf16"), (False, "fp32")])
 def test_auto_precision_is_bf16_only_where_the_hardware_has_it(monkeypatch, has_bf16, name):
     monkeypatch.setattr(environment, "has_bf16_instructions", lambda device: has_bf16)
