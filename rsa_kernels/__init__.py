@@ -1,7 +1,7 @@
 """Slice-wise attention for 3-D volumes: the attention core of RSANet, exact and fast. Needs torch alone."""
 
-from rsa_kernels.api import recurrent_slice_attention, slice_attention
-from rsa_kernels.backends import available_backends, explain, use_backend
+from rsa_kernels.api import explain, recurrent_slice_attention, slice_attention
+from rsa_kernels.backends import available_backends, use_backend
 
 __all__ = [
     "available_backends",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rsa_kernels import ops
-from rsa_kernels.backends import requested
+from rsa_kernels.backends import Explanation, choose, requested
 
 AXIS_NAMES = {"axial": 2, "coronal": 3, "sagittal": 4}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -151,6 +151,24 @@ def recurrent_slice_attention(
         requested(backend),
     )
     return (out, maps) if return_maps else out
+
+
+def explain(x: Tensor, axes: Sequence[int | str] = (3, 4, 2)) -> Explanation:
+    """Says which backend would run a volume, and why each other one would not.
+
+    Args:
+        x: the volume ``(N, C, D, H, W)``; only its shape, dtype, strides and device matter.
+        axes: the axes of the block, in order.
+
+    Returns:
+        The chosen backend and the reasons, readable with ``print``.
+
+    Raises:
+        TypeError: if ``x`` is not a floating-point tensor.
+        ValueError: if a shape or an axis does not fit.
+    """
+    _check_volume("x", x)
+    return choose(x, [normalize_axis(axis) for axis in _listed("axes", axes)])
 
 
 def _check_volume(name: str, volume: object) -> None:

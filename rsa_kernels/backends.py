@@ -1,7 +1,7 @@
 """Which backends there are, which one runs a volume, and the sentence that says why another does not.
 
-A reason is one text wherever it appears: in :func:`available_backends`, in :func:`explain`, and in the error that an
-explicit choice raises.
+A reason is one text wherever it appears: in :func:`available_backends`, in an :class:`Explanation`, and in the error
+that an explicit choice raises.
 """
 
 import os
@@ -17,7 +17,6 @@ from rsa_kernels import folded, reference
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
 
-# In the order of preference: `auto` takes the first that can run a volume.
 _MODULES: dict[str, ModuleType] = {"torch": folded, "reference": reference}
 
 # Innermost last. A plain list of the process, not of a thread: the compiler can then guard on it, and backward passes,
@@ -77,8 +76,8 @@ def requested(argument: str | None) -> str:
 
 
 def load(name: str, x: Tensor, axes: Sequence[int]) -> ModuleType:
-    """The module that runs ``x``: the one that was asked for, or the first that can."""
-    return _MODULES[explain(x, axes).backend if name == AUTO else name]
+    """The module that runs ``x``: the one that was asked for, or the one that :func:`choose` names."""
+    return _MODULES[choose(x, axes).backend if name == AUTO else name]
 
 
 @dataclass(frozen=True)
@@ -93,15 +92,12 @@ class Explanation:
         return "\n".join(lines + [f"{name}: {reason}" for name, reason in self.others.items()])
 
 
-def explain(x: Tensor, axes: Sequence[int] = (3, 4, 2)) -> Explanation:
-    """Says which backend would run a volume, and why each other one would not.
-
-    Args:
-        x: the volume ``(N, C, D, H, W)``; only its shape, dtype, strides and device matter.
-        axes: the axes of the block, in order.
-
-    Returns:
-        The chosen backend and the reasons, readable with ``print``.
-    """
-    choice, *rest = _MODULES
-    return Explanation(choice, dict.fromkeys(rest, f"can run this volume, but {choice} is faster"))
+def choose(x: Tensor, axes: Sequence[int | str]) -> Explanation:
+    """The backend for a volume, by rules that the benchmarks justify."""
+    channels, voxels = x.shape[1], x.numel() // x.shape[1]
+    if voxels * len(axes) < channels:
+        return Explanation(
+            "reference",
+            {"torch": f"folding the weights of {channels} channels costs more than it saves on {voxels} voxels"},
+        )
+    return Explanation("torch", {"reference": "makes three projections and three rearranged copies a step"})

@@ -11,6 +11,7 @@ Traffic per step, in multiples of ``C*V``: forward 3 (read for the map, read and
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
@@ -147,52 +148,67 @@ class SlicesInside(ChannelsFirst):
 
 
 class Walk:
-    """The tiles of volumes shaped like ``x``, for a step along one axis.
+    """The tiles of volumes of one shape, for a step along one axis; made once for each kind of volume.
 
     Args:
-        x: ``(N, C, D, H, W)``, any strides; they choose the layout.
+        shape: ``(N, C, D, H, W)``.
+        strides: of the volume that is read most; they choose the layout.
         axis: the spatial dim that is sliced.
-        buffers: how many tiles the caller works on at a time.
+        elements: how many a tile should hold at most; it holds at least one position of one sample.
     """
 
-    def __init__(self, x: Tensor, axis: int, buffers: int) -> None:
-        strides = x.stride()
+    def __init__(self, shape: torch.Size, strides: tuple[int, ...], axis: int, elements: int) -> None:
         outer, inner = (dim for dim in (2, 3, 4) if dim != axis)
         if strides[outer] < strides[inner]:
             outer, inner = inner, outer
-        if strides[1] == 1 and x.shape[1] > 1:
+        if strides[1] == 1 and shape[1] > 1:
             self.layout = ChannelsLast
         elif strides[axis] < strides[inner]:
             self.layout = SlicesInside
         else:
             self.layout = SlicesOutside
         self._order = self.layout.order(axis, outer, inner)
-        self._outer = self._order.index(outer)
 
-        dtype = accumulation_dtype(x.dtype)
+        positions = max(1, elements // (shape[1] * shape[axis]))
+        columns = _cut(shape[inner], positions)
+        rows = _cut(shape[outer], max(1, positions // shape[inner]))
+        samples = _cut(shape[0], max(1, positions // (shape[inner] * shape[outer])))
+        place = self._order.index(outer)
+        between = (slice(None),) * (place - 1)
+        self._tiles = []
+        for sample, row, column in product(samples, rows, columns):
+            extents = [shape[dim] for dim in self._order]
+            extents[0] = sample.stop - sample.start
+            extents[place : place + 2] = [(row.stop - row.start) * (column.stop - column.start)]
+            self._tiles.append((sample, (sample, *between, row, column), tuple(extents)))
+        self._largest = max(prod(extents) for _, _, extents in self._tiles)
+
+    @staticmethod
+    def of(x: Tensor, axis: int) -> "Walk":
+        """The tiles for volumes shaped like ``x``."""
         on_cpu = x.device.type == "cpu"
         limit = CPU_TILE_BYTES * max(2, torch.get_num_threads()) if on_cpu else GPU_TILE_BYTES
-        column = x.shape[1] * x.shape[axis]
-        positions = max(1, limit // (column * dtype.itemsize))
-        columns = _cut(x.shape[inner], positions)
-        rows = _cut(x.shape[outer], max(1, positions // x.shape[inner]))
-        samples = _cut(x.shape[0], max(1, positions // (x.shape[inner] * x.shape[outer])))
-        self._blocks = list(product(samples, rows, columns))
-        largest = [max(part.stop - part.start for part in parts) for parts in (samples, rows, columns)]
-        self.scratch = x.new_empty((buffers, column * prod(largest)), dtype=dtype)
+        return _walk(x.shape, x.stride(), axis, limit // accumulation_dtype(x.dtype).itemsize)
 
-    def tiles(self, *volumes: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-        """The samples of each tile, and the views of that tile in each volume ``(N, C, D, H, W)``."""
+    def tiles(self, *volumes: Tensor, buffers: int) -> Iterator[tuple[slice, list[Tensor], list[Tensor]]]:
+        """Goes through the tiles.
+
+        Args:
+            volumes: ``(N, C, D, H, W)`` each.
+            buffers: how many scratch tiles the caller works on.
+
+        Yields:
+            The tile's samples; its view in each volume, in tile order with ``p`` as two dims; and the scratch tiles.
+        """
         arranged = [volume.permute(self._order) for volume in volumes]
-        between = (slice(None),) * (self._outer - 1)
-        for samples, row, column in self._blocks:
-            yield samples, [volume[(samples, *between, row, column)] for volume in arranged]
+        first = volumes[0]
+        scratch = first.new_empty((buffers, self._largest), dtype=accumulation_dtype(first.dtype))
+        for samples, index, extents in self._tiles:
+            tiles = scratch[:, : prod(extents)].view(buffers, *extents).unbind()
+            yield samples, [volume[index] for volume in arranged], tiles
 
-    def buffers(self, view: Tensor) -> list[Tensor]:
-        """The scratch tiles, in four dimensions, for the size of one tile's view."""
-        shape = list(view.shape)
-        shape[self._outer : self._outer + 2] = [shape[self._outer] * shape[self._outer + 1]]
-        return list(self.scratch[:, : view.numel()].view(-1, *shape).unbind())
+
+_walk = lru_cache(maxsize=256)(Walk)
 
 
 def _cut(length: int, limit: int) -> list[slice]:
@@ -234,12 +250,11 @@ class Folded(NamedTuple):
 
 def _attention_map(x: Tensor, axis: int, folded: Folded) -> Tensor:
     """``softmax(<M^T X_i + u, X_j>)``: one read of ``x``."""
-    walk = Walk(x, axis, buffers=2)
+    walk = Walk.of(x, axis)
     layout = walk.layout
     logits = folded.m.new_zeros((x.shape[0], x.shape[axis], x.shape[axis]))
     to_query = folded.m.T
-    for samples, (view,) in walk.tiles(x):
-        tile, query = walk.buffers(view)
+    for samples, (view,), (tile, query) in walk.tiles(x, buffers=2):
         _pack(view, tile)
         layout.project(to_query, tile, query)
         query.view(view.shape).add_(layout.broadcast(folded.u))
@@ -249,12 +264,11 @@ def _attention_map(x: Tensor, axis: int, folded: Folded) -> Tensor:
 
 def _mix(x: Tensor, attention: Tensor, axis: int, beta: Tensor, folded: Folded, out: Tensor) -> None:
     """``out = x + beta * (Wv A x + bv)``: one read, one write; ``out`` may be ``x`` itself."""
-    walk = Walk(x, axis, buffers=2)
+    walk = Walk.of(x, axis)
     layout = walk.layout
     weight = beta * folded.g_weight
     bias = layout.broadcast(beta * folded.g_bias)
-    for samples, (view, target) in walk.tiles(x, out):
-        tile, mixed = walk.buffers(view)
+    for samples, (view, target), (tile, mixed) in walk.tiles(x, out, buffers=2):
         _pack(view, tile)
         layout.mix(attention[samples], tile, mixed)
         layout.project(weight, mixed, tile, add=True)
@@ -316,15 +330,14 @@ def _step_backward(
     """
     channels, slices = x.shape[1], x.shape[axis]
     wide = channels > 2 * slices and grad_x is not None
-    walk = Walk(x, axis, buffers=3)
+    walk = Walk.of(x, axis)
     layout = walk.layout
     to_value, from_value = folded.g_weight, folded.g_weight.T
     kept = [torch.empty_like(x, dtype=beta.dtype)] if wide else []
     grad_sum = torch.zeros_like(folded.u)
     contracted = torch.zeros_like(attention)
     value_weight = torch.zeros_like(to_value)
-    for samples, (view, grad_view, *kept_view) in walk.tiles(x, grad, *kept):
-        tile, grad_tile, work = walk.buffers(view)
+    for samples, (view, grad_view, *kept_view), (tile, grad_tile, work) in walk.tiles(x, grad, *kept, buffers=3):
         _pack(view, tile)
         _pack(grad_view, grad_tile)
         grad_sum += layout.sum_voxels(grad_tile)
@@ -343,8 +356,8 @@ def _step_backward(
 
     grad_logits = _softmax_backward(attention, beta * contracted)
     spread = grad_logits.sum(1)[:, :, None] * folded.u
-    for samples, (view, grad_view, *others) in walk.tiles(x, grad, *kept, *([] if grad_x is None else [grad_x])):
-        tile, total, work = walk.buffers(view)
+    targets = [] if grad_x is None else [grad_x]
+    for samples, (view, grad_view, *others), (tile, total, work) in walk.tiles(x, grad, *kept, *targets, buffers=3):
         _pack(view, tile)
         _pack(grad_view, total)
         if not wide:
@@ -430,10 +443,10 @@ def recurrent_slice_attention_backward(
 
 def _contract(rows: Tensor, columns: Tensor, axis: int) -> Tensor:
     """``<rows_i, columns_j>`` for the slices of two volumes: ``(N, S, S)``."""
-    walk = Walk(rows, axis, buffers=2)
-    result = walk.scratch.new_zeros((rows.shape[0], rows.shape[axis], rows.shape[axis]))
-    for samples, views in walk.tiles(rows, columns):
-        tiles = walk.buffers(views[0])
+    walk = Walk.of(rows, axis)
+    size = (rows.shape[0], rows.shape[axis], rows.shape[axis])
+    result = rows.new_zeros(size, dtype=accumulation_dtype(rows.dtype))
+    for samples, views, tiles in walk.tiles(rows, columns, buffers=2):
         for view, tile in zip(views, tiles, strict=True):
             _pack(view, tile)
         result[samples] += walk.layout.contract(*tiles)
@@ -443,9 +456,8 @@ def _contract(rows: Tensor, columns: Tensor, axis: int) -> Tensor:
 def _mix_slices(matrix: Tensor, volume: Tensor, axis: int, like: Tensor) -> Tensor:
     """``sum_j matrix_ij volume_j`` for every sample, in the memory format of ``like``."""
     out = torch.empty_like(like)
-    walk = Walk(volume, axis, buffers=2)
-    for samples, (view, target) in walk.tiles(volume, out):
-        tile, mixed = walk.buffers(view)
+    walk = Walk.of(volume, axis)
+    for samples, (view, target), (tile, mixed) in walk.tiles(volume, out, buffers=2):
         _pack(view, tile)
         walk.layout.mix(matrix[samples], tile, mixed)
         _unpack(mixed, target)

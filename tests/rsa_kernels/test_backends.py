@@ -78,7 +78,17 @@ def test_every_backend_is_listed_and_explained():
     assert list(available_backends()) == list(backends._MODULES)
     explanation = explain(random_volume((1, 3, 2, 4, 3)))
     assert {explanation.backend, *explanation.others} == set(available_backends())
-    assert str(explanation).startswith("torch: runs this volume\nreference: ")
+    assert str(explanation).startswith("torch: runs this volume\nreference: makes three")
+
+
+def test_weights_are_not_folded_where_that_costs_more_than_it_saves(calls):
+    few, enough = torch.ones(1, 64, 1, 3, 7), torch.ones(1, 64, 1, 4, 6)
+    assert explain(few).backend == "reference"
+    assert "64 channels costs more than it saves on 21 voxels" in explain(few).others["torch"]
+    assert explain(enough).backend == "torch"
+    recurrent_slice_attention(few.double(), *random_block(64))
+    recurrent_slice_attention(few.double(), *random_block(64), backend="torch")
+    assert calls == ["reference", "torch"]
 
 
 def test_the_command_reports_and_checks():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import random_block, random_volume
 
-from rsa_kernels import recurrent_slice_attention, slice_attention
+from rsa_kernels import explain, recurrent_slice_attention, slice_attention
 
 
 def block(**changes):
@@ -87,3 +87,10 @@ def test_slice_attention(changes, error, sentence):
     volumes = {name: torch.ones(1, 4, 3, 2, 5) for name in ("query", "key", "value")}
     with pytest.raises(error, match=sentence):
         slice_attention(**{**volumes, "axis": 3, **changes})
+
+
+def test_explain():
+    with pytest.raises(TypeError, match="x is a list, but must be a tensor"):
+        explain([1])
+    with pytest.raises(ValueError, match="axis is 9, but must be"):
+        explain(torch.ones(1, 4, 3, 2, 5), (9,))
