@@ -19,7 +19,7 @@ class Recipe:
         channels: widths of the network's levels, the finest first.
         attention: ``rsa``, ``non_local`` or ``none``, at the coarsest level.
         attention_scale: factor on the logits of the attention. 1 is as published; the logits sum over a whole slice,
-            so the softmax then picks single slices. 1 / sqrt(channels × voxels of a slice) keeps it graded.
+            so the softmax then picks single slices. About 1 / (channels × voxels of a slice) keeps it graded.
         dropout: dropout probability of the network.
         spacing: voxel size in mm along z, y and x to resample to, or None for the images' own.
         val_fraction: share of the cases held out for validation; with 0 the last weights are kept.
