@@ -21,7 +21,8 @@ demo: install
 	rm -rf demo
 	$(RUN)/rsanet simulate demo/train --subjects 12 --spacing 2 --seed 1
 	$(RUN)/rsanet simulate demo/test --subjects 3 --spacing 2 --seed 1000
-	$(RUN)/rsanet train demo/train -o demo/run
+	$(RUN)/rsanet train demo/train -o demo/run --channels 8 16 32 64 --patch 48 --steps 300 --lr 4e-3 --dropout 0 \
+		--attention-scale 0.005
 	$(RUN)/rsanet predict demo/run --data demo/test -o demo/predictions
 	$(RUN)/rsanet evaluate demo/predictions demo/test --csv demo/scores.csv
 	$(RUN)/rsanet report demo/report.png --data demo/test --pred demo/predictions --model demo/run

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rsanet.attention import NonLocalBlock, RSABlock, SABlock, insert_rsa
-    from rsanet.network import RSANet, load_model, load_reference_checkpoint, save_model
+    from rsanet.checkpoints import load_model, load_reference_checkpoint, save_model
+    from rsanet.network import RSANet
 
 __all__ = [
     "NonLocalBlock",
@@ -20,7 +21,8 @@ __all__ = [
 
 # Loaded on first use: `rsanet --help` imports this package and has no time for torch.
 _MODULES = dict.fromkeys(("NonLocalBlock", "RSABlock", "SABlock", "insert_rsa"), "rsanet.attention")
-_MODULES |= dict.fromkeys(("RSANet", "load_model", "load_reference_checkpoint", "save_model"), "rsanet.network")
+_MODULES |= dict.fromkeys(("load_model", "load_reference_checkpoint", "save_model"), "rsanet.checkpoints")
+_MODULES |= {"RSANet": "rsanet.network"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsa_kernels.api import AXIS_NAMES, normalize_axis, recurrent_slice_attention
+from rsa_kernels.backends import known
 
 DEFAULT_AXES = ("coronal", "sagittal", "axial")
 
@@ -66,7 +67,7 @@ class _SliceAttention(nn.Module):
         super().__init__()
         self.channels = positive_int("channels", channels)
         self.scale = finite_number("scale", scale)
-        self.backend = backend
+        self.backend = None if backend is None else known(backend)
         self.theta_conv = nn.Conv3d(channels, channels, kernel_size=1)
         self.phi_conv = nn.Conv3d(channels, channels, kernel_size=1)
         self.g_conv = nn.Conv3d(channels, channels, kernel_size=1)

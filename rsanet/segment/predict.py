@@ -14,7 +14,8 @@ from monai.transforms import Compose, Invertd, SpatialCrop, SpatialPad
 from torch import Tensor, nn
 
 from rsanet.attention import RSABlock
-from rsanet.network import RSANet, load_model
+from rsanet.checkpoints import load_model
+from rsanet.network import RSANet
 from rsanet.segment.data import SUFFIXES, Case, list_cases, preprocessing, read_volume
 from rsanet.segment.environment import (
     MEMORY_FORMAT,

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
-from rsanet.network import RSANet, save_model
+from rsanet.checkpoints import save_model
+from rsanet.network import RSANet
 from rsanet.segment.data import Case, find_cases, training_transforms, validation_transforms
 from rsanet.segment.environment import (
     MEMORY_FORMAT,

@@ -14,7 +14,7 @@ import torch
 from support import GOLDEN, golden_parameter, golden_tensor
 from torch import nn
 
-import rsanet.network
+import rsanet.checkpoints
 from rsanet import NonLocalBlock, RSABlock, RSANet, insert_rsa, load_model, load_reference_checkpoint, save_model
 from rsanet.configuration import PAPER_CONFIGURATIONS
 from rsanet.unet import pad_or_crop
@@ -529,7 +529,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(rsanet.network.os, "replace", fail)
+    monkeypatch.setattr(rsanet.checkpoints.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_model(narrow(out_channels=2), path)
     assert path.read_bytes() == before

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from rsa_kernels import use_backend
-from rsanet.network import RSANet, save_model
+from rsanet.checkpoints import save_model
+from rsanet.network import RSANet
 from rsanet.segment.data import Case
 from rsanet.segment.environment import pick_precision
 from rsanet.segment.predict import (

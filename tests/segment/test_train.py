@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from rsanet.network import load_model
+from rsanet.checkpoints import load_model
 from rsanet.segment import environment, train
 from rsanet.segment.data import Case
 from rsanet.segment.recipe import Recipe, triple

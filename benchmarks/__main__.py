@@ -1,0 +1,215 @@
+"""``python -m benchmarks``: the block side by side with what a user would write, on this machine.
+
+Providers are timed in turn within one run; a wrong one is never timed. Rows go to ``benchmarks/results/<device>.csv``.
+"""
+
+import argparse
+import csv
+import datetime
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv3d
+
+from rsa_kernels import available_backends, recurrent_slice_attention
+
+CASES = {
+    "tiny": (1, 512, 10, 14, 10),
+    "wide": (1, 256, 20, 28, 20),
+    "middle 128": (1, 128, 32, 32, 32),
+    "middle 64": (1, 64, 48, 56, 48),
+    "narrow": (1, 32, 64, 64, 64),
+}
+QUICK = ("tiny", "middle 128")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
+MODES = ("full", "no_grad")
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    *("device", "threads", "torch", "commit", "date", "case", "shape", "dtype", "format", "mode", "provider"),
+    *("median_ms", "min_ms", "max_ms", "peak_extra_mib", "error"),
+)
+
+
+def published(x: Tensor, *tensors: Tensor) -> Tensor:
+    """The published equations in eager PyTorch: three convolutions, three rearranged copies, two products a step."""
+    *parameters, betas = tensors
+    weights, biases = parameters[::2], parameters[1::2]
+    for beta, axis in zip(betas.unbind(), (3, 4, 2), strict=True):
+        volumes = [conv3d(x, w[:, :, None, None, None], b) for w, b in zip(weights, biases, strict=True)]
+        rows = [volume.transpose(1, axis).contiguous().flatten(2) for volume in volumes]
+        attention = torch.softmax(torch.bmm(rows[0], rows[1].transpose(1, 2)), -1)
+        mixed = torch.bmm(attention, rows[2]).view(volumes[2].transpose(1, axis).shape)
+        x = x + beta * mixed.transpose(1, axis)
+    return x
+
+
+def providers() -> dict[str, Callable[..., Tensor]]:
+    """Name to the block as that provider computes it."""
+    found = {"eager": published, "torch.compile": torch.compile(published)}
+    for name, reason in available_backends().items():
+        if reason is None and name != "reference":
+            found[name] = lambda *tensors, name=name: recurrent_slice_attention(*tensors, backend=name)
+    return found
+
+
+def inputs(shape: tuple[int, ...], memory_format: torch.memory_format) -> list[Tensor]:
+    """A volume, six weights and the betas, with logits as tame as those of a trained network."""
+    generator = torch.Generator().manual_seed(0)
+    channels = shape[1]
+    tensors = [torch.randn(shape, generator=generator).contiguous(memory_format=memory_format)]
+    for _ in range(3):
+        tensors.append(torch.randn(channels, channels, generator=generator) * 0.3 / channels**0.5)
+        tensors.append(torch.randn(channels, generator=generator) * 0.1)
+    return [*tensors, torch.full((3,), 0.5)]
+
+
+def run(block: Callable[..., Tensor], tensors: list[Tensor], upstream: Tensor, mode: str) -> list[Tensor]:
+    """One pass; returns the output, and the gradients in mode ``full``."""
+    if mode == "no_grad":
+        with torch.no_grad():
+            return [block(*tensors)]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = block(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def worst_error(results: list[Tensor], truths: list[Tensor]) -> float:
+    """The largest relative error of the output and all gradients but that of phi_bias, which is zero."""
+    errors = [((r - t).norm() / t.norm()).item() for r, t in zip(results, truths, strict=True)]
+    return max(error for index, error in enumerate(errors) if index != 5)
+
+
+def peak_extra_mib(case: str, provider: str, memory_format: str, mode: str) -> float:
+    """The high-water mark of resident memory above its level before the pass, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks", "--peak", case, provider, memory_format, mode]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def _measure_peak(case: str, provider: str, memory_format: str, mode: str) -> None:
+    block = providers()[provider]
+    tensors = inputs(CASES[case], FORMATS[memory_format])
+    upstream = torch.ones_like(tensors[0])
+    # A small volume first: libraries, thread pools and (for the compiler) the build are not the pass's memory.
+    warm_up = CASES[case] if provider == "torch.compile" else (1, CASES[case][1], 4, 5, 3)
+    warm = inputs(warm_up, FORMATS[memory_format])
+    run(block, warm, torch.ones_like(warm[0]), mode)
+    if provider == "torch.compile":
+        # The mark cannot be reset everywhere; where it can, this forgets the warm-up.
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_mib()
+    run(block, tensors, upstream, mode)
+    print(_high_water_mib() - before)
+
+
+def _status_mib(field: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def _resident_mib() -> float:
+    return _status_mib("VmRSS") if sys.platform == "linux" else _high_water_mib()
+
+
+def _high_water_mib() -> float:
+    if sys.platform == "linux":
+        return _status_mib("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(case: str, memory_format: str, repeats: int) -> list[dict]:
+    """The rows of one case: correctness first, then all providers in turn, ``repeats`` times."""
+    torch._dynamo.reset()
+    shape = CASES[case]
+    tensors = inputs(shape, FORMATS[memory_format])
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    rows = []
+    for mode in MODES:
+        truths = run(published, [tensor.double() for tensor in tensors], upstream.double(), mode)
+        blocks = providers()
+        errors = {name: worst_error(run(block, tensors, upstream, mode), truths) for name, block in blocks.items()}
+        limit = 2 * errors["eager"] + 1e-6
+        times: dict[str, list[float]] = {name: [] for name in blocks if errors[name] <= limit}
+        for name in blocks.keys() - times.keys():
+            print(f"not timed, because wrong: {name} on {case} ({errors[name]:.1e}, at most {limit:.1e})")
+        for _ in range(repeats):
+            for name, seconds in times.items():
+                start = time.perf_counter()
+                run(blocks[name], tensors, upstream, mode)
+                seconds.append(time.perf_counter() - start)
+        for name, seconds in times.items():
+            rows.append(
+                {
+                    "case": case,
+                    "shape": "x".join(map(str, shape)),
+                    "dtype": "float32",
+                    "format": memory_format,
+                    "mode": mode,
+                    "provider": name,
+                    "median_ms": round(1e3 * statistics.median(seconds), 2),
+                    "min_ms": round(1e3 * min(seconds), 2),
+                    "max_ms": round(1e3 * max(seconds), 2),
+                    "peak_extra_mib": round(peak_extra_mib(case, name, memory_format, mode), 1),
+                    "error": f"{errors[name]:.1e}",
+                }
+            )
+            eager = statistics.median(times["eager"]) / statistics.median(seconds)
+            row = rows[-1]
+            print(
+                f"{case:11s} {memory_format:16s} {mode:8s} {name:14s} {row['median_ms']:9.1f} ms, {eager:.2f} x eager, "
+                f"{row['peak_extra_mib']:7.0f} MiB, error {row['error']}",
+                flush=True,
+            )
+    return rows
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Measures and appends the rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help=f"only the cases {' and '.join(QUICK)}")
+    parser.add_argument("--repeats", type=int, default=9, help="passes of each provider (default: 9)")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        _measure_peak(*arguments.peak)
+        return
+    device = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    common = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+    path = RESULTS / f"{device.lower().replace(' ', '-')}.csv"
+    for case in QUICK if arguments.quick else CASES:
+        for memory_format in FORMATS:
+            rows = measure(case, memory_format, arguments.repeats)
+            fresh = not path.exists()
+            with path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if fresh:
+                    writer.writeheader()
+                writer.writerows({**common, **row} for row in rows)
+    print(f"rows: {path}")
+
+
+if __name__ == "__main__":
+    main()
