@@ -26,12 +26,12 @@ def normalize_axis(axis: int | str) -> int:
     Raises:
         ValueError: for anything else.
     """
+    dim = None
     if isinstance(axis, str):
         dim = AXIS_NAMES.get(axis)
-    elif isinstance(axis, int) and not isinstance(axis, bool):
-        dim = axis + 5 if axis < 0 else axis
-    else:
-        dim = None
+    elif hasattr(axis, "__index__") and not isinstance(axis, bool):
+        dim = axis.__index__()
+        dim += 5 if dim < 0 else 0
     if dim not in (2, 3, 4):
         raise ValueError(
             f"axis is {axis!r}, but must be 2 or 'axial', 3 or 'coronal', 4 or 'sagittal' (negative dims count)"
@@ -75,10 +75,9 @@ def slice_attention(
         _check_volume(name, volume)
         _check_same("shape", name, tuple(volume.shape), "query", tuple(query.shape))
         _check_same("device", name, volume.device, "query", query.device)
-        if volume.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+        if volume.dtype != query.dtype and not _autocast_agrees(volume, query):
             raise TypeError(f"{name} has dtype {volume.dtype}, but must have that of query, {query.dtype}")
-    dim = normalize_axis(axis)
-    return ops.attention(query, key, value, dim, float(scale), requested(backend))[0]
+    return ops.attention(query, key, value, normalize_axis(axis), _check_scale(scale), requested(backend))[0]
 
 
 def recurrent_slice_attention(
@@ -108,10 +107,10 @@ def recurrent_slice_attention(
         theta_weight: query projection, ``(C, C)`` or ``(C, C, 1, 1, 1)``, in ``x``'s dtype or float32.
         theta_bias: ``(C,)``.
         phi_weight: key projection, like ``theta_weight``.
-        phi_bias: ``(C,)``; it cancels in the softmax, and its gradient is exactly zero.
+        phi_bias: ``(C,)``; it cancels in the softmax: its gradient is exactly zero, and its values are not looked at.
         g_weight: value projection, like ``theta_weight``.
         g_bias: ``(C,)``.
-        betas: one scale per axis: scalar tensors, or a tensor ``(len(axes),)``.
+        betas: one scale per axis: scalar tensors, or a tensor ``(len(axes),)``, in ``x``'s dtype or float32.
         axes: spatial axes in the order of the steps: dims or names, see :func:`slice_attention`.
         scale: factor on the logits.
         recompute: keep only ``x`` and the maps for backward, and make the inner steps' inputs again there.
@@ -138,17 +137,11 @@ def recurrent_slice_attention(
                 f"{name}_bias has shape {tuple(bias.shape)}, but must have ({channels},), one per channel of x"
             )
         tensors.append(bias)
-    dims = [normalize_axis(axis) for axis in _listed("axes", axes)]
-    if not dims:
-        raise ValueError("axes is empty, but must name at least one axis")
+    dims = _check_axes(axes)
+    tensors = [x, *tensors, _check_betas(betas, len(dims), x)]
+    to_differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     out, maps, _ = ops.block(
-        x,
-        *tensors,
-        _check_betas(betas, len(dims), x),
-        dims,
-        float(scale),
-        torch.is_grad_enabled() and not recompute,
-        requested(backend),
+        *tensors, dims, _check_scale(scale), to_differentiate and not recompute, requested(backend)
     )
     return (out, maps) if return_maps else out
 
@@ -168,7 +161,7 @@ def explain(x: Tensor, axes: Sequence[int | str] = (3, 4, 2)) -> Explanation:
         ValueError: if a shape or an axis does not fit.
     """
     _check_volume("x", x)
-    return choose(x, [normalize_axis(axis) for axis in _listed("axes", axes)])
+    return choose(x, _check_axes(axes))
 
 
 def _check_volume(name: str, volume: object) -> None:
@@ -178,6 +171,8 @@ def _check_volume(name: str, volume: object) -> None:
         raise ValueError(f"{name} has shape {tuple(volume.shape)}, but must have five dims (N, C, D, H, W)")
     if volume.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {volume.dtype}, but must be float64, float32, bfloat16 or float16")
+    if volume.layout != torch.strided:
+        raise TypeError(f"{name} has layout {volume.layout}, but must be a dense tensor")
     if volume.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(volume.shape)}, but no dim may be empty")
 
@@ -185,7 +180,7 @@ def _check_volume(name: str, volume: object) -> None:
 def _check_parameter(name: str, parameter: object, x: Tensor) -> None:
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{name} is a {type(parameter).__name__}, but must be a tensor")
-    if parameter.dtype not in (x.dtype, torch.float32) and not torch.is_autocast_enabled(x.device.type):
+    if parameter.dtype not in (x.dtype, torch.float32) and not _autocast_agrees(parameter, x):
         raise TypeError(f"{name} has dtype {parameter.dtype}, but must have that of x, {x.dtype}, or float32")
     _check_same("device", name, parameter.device, "x", x.device)
 
@@ -218,12 +213,33 @@ def _check_betas(betas: object, steps: int, x: Tensor) -> Tensor:
     return betas
 
 
+def _check_axes(axes: object) -> list[int]:
+    dims = [normalize_axis(axis) for axis in _listed("axes", axes)]
+    if not dims:
+        raise ValueError("axes is empty, but must name at least one axis")
+    return dims
+
+
+def _check_scale(scale: object) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale is {scale!r}, but must be a number")
+    return float(scale)
+
+
+def _autocast_agrees(tensor: Tensor, x: Tensor) -> bool:
+    """Whether autocast is on and lets two floating-point tensors meet: it leaves float64 alone."""
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return False
+    return tensor.dtype in DTYPES and (tensor.dtype == torch.float64) == (x.dtype == torch.float64)
+
+
 def _check_same(what: str, name: str, given: object, other: str, wanted: object) -> None:
     if given != wanted:
         raise ValueError(f"{name} has {what} {given}, but must have that of {other}, {wanted}")
 
 
 def _listed(name: str, values: object) -> list:
-    if isinstance(values, str) or not hasattr(values, "__iter__"):
+    if isinstance(values, (str, set, frozenset, Tensor)) or not hasattr(values, "__iter__"):
         raise TypeError(f"{name} is {values!r}, but must be a sequence with one entry per step")
     return list(values)

@@ -19,9 +19,10 @@ ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
 
 _MODULES: dict[str, ModuleType] = {"torch": folded, "reference": reference}
 
-# Innermost last. A plain list of the process, not of a thread: the compiler can then guard on it, and backward passes,
-# which run on threads of their own, need not look.
-_choices: list[str] = []
+# Plain values of the process, not of a thread: the compiler can then guard on them, and backward passes, which run on
+# threads of their own, need not look. Each choice is a list of one name, so that it can be told from its equals.
+_choices: list[list[str]] = []
+_environment = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
 
 
 def available_backends() -> dict[str, str | None]:
@@ -33,10 +34,10 @@ def available_backends() -> dict[str, str | None]:
     return dict.fromkeys(_MODULES)
 
 
-def known(name: object) -> str:
+def known(name: object, source: str = "backend") -> str:
     """Returns a backend's name, or raises ValueError if there is none of that name."""
-    if name != AUTO and name not in _MODULES:
-        raise ValueError(f"backend is {name!r}, but must be one of {', '.join([AUTO, *_MODULES])}")
+    if not isinstance(name, str) or (name != AUTO and name not in _MODULES):
+        raise ValueError(f"{source} is {name!r}, but must be one of {', '.join([AUTO, *_MODULES])}")
     return name
 
 
@@ -44,7 +45,7 @@ def known(name: object) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Chooses the backend of every call inside the ``with`` block that does not name one itself.
 
-    Blocks nest, and the former choice returns when one is left, by an exception too. The choice holds for the whole
+    Blocks nest, and a choice ends with its block, by an exception too. The choice holds for the whole
     process, all threads. A backward pass runs on the backend of its forward pass, wherever it is called.
 
     Args:
@@ -53,31 +54,32 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: if there is no backend of that name.
     """
-    _choices.append(known(name))
+    choice = [known(name)]
+    _choices.append(choice)
     try:
         yield
     finally:
-        _choices.pop()
+        # Blocks of several threads may end in any order.
+        _choices[:] = [other for other in _choices if other is not choice]
 
 
 def requested(argument: str | None) -> str:
-    """The name in force: the argument, then :func:`use_backend`, then the environment variable, then ``auto``."""
+    """The name in force: the argument, then :func:`use_backend`, then the environment variable, then ``auto``.
+
+    The environment variable counts as it was when the package was imported.
+    """
     if argument is not None:
         return known(argument)
     if _choices:
-        return _choices[-1]
-    name = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
-    if name != AUTO and name not in _MODULES:
-        raise ValueError(
-            f"the environment variable {ENVIRONMENT_VARIABLE} is {name!r}, but must be one of "
-            f"{', '.join([AUTO, *_MODULES])}"
-        )
-    return name
+        return _choices[-1][0]
+    return known(_environment, f"the environment variable {ENVIRONMENT_VARIABLE}")
 
 
-def load(name: str, x: Tensor, axes: Sequence[int]) -> ModuleType:
-    """The module that runs ``x``: the one that was asked for, or the one that :func:`choose` names."""
-    return _MODULES[choose(x, axes).backend if name == AUTO else name]
+def load(name: str, x: Tensor, axes: Sequence[int] = ()) -> ModuleType:
+    """The module that runs ``x``: the one that was asked for, or the one that is best for these axes of a block."""
+    if name == AUTO:
+        name = choose(x, axes).backend if axes else next(iter(_MODULES))
+    return _MODULES[name]
 
 
 @dataclass(frozen=True)

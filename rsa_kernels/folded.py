@@ -161,15 +161,17 @@ class Walk:
         outer, inner = (dim for dim in (2, 3, 4) if dim != axis)
         if strides[outer] < strides[inner]:
             outer, inner = inner, outer
+        positions = max(1, elements // (shape[1] * shape[axis]))
+        # SlicesOutside makes a map for each channel, which is small beside a tile unless slices are many and tiny.
+        tiny_slices = shape[axis] > 2 * min(positions, shape[outer] * shape[inner])
         if strides[1] == 1 and shape[1] > 1:
             self.layout = ChannelsLast
-        elif strides[axis] < strides[inner]:
+        elif strides[axis] < strides[inner] or tiny_slices:
             self.layout = SlicesInside
         else:
             self.layout = SlicesOutside
         self._order = self.layout.order(axis, outer, inner)
 
-        positions = max(1, elements // (shape[1] * shape[axis]))
         columns = _cut(shape[inner], positions)
         rows = _cut(shape[outer], max(1, positions // shape[inner]))
         samples = _cut(shape[0], max(1, positions // (shape[inner] * shape[outer])))

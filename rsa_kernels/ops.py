@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from rsa_kernels import backends
@@ -80,7 +81,7 @@ def _block_backward(grad: Tensor, x: Tensor, inputs: list[Tensor], maps: list[Te
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    kernels = backends.load(backend, query, [axis])
+    kernels = backends.load(backend, query)
     out, weights = kernels.slice_attention(query, key, value, axis, scale)
     return _conform(out, value), weights
 
@@ -96,7 +97,7 @@ def _attention_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    kernels = backends.load(backend, query, [axis])
+    kernels = backends.load(backend, query)
     grads = kernels.slice_attention_backward(grad, query, key, value, attention, axis, scale, needs)
     wanted = zip(grads, (query, key, value), needs, strict=True)
     return [_conform(gradient, tensor) for gradient, tensor, need in wanted if need]
@@ -152,7 +153,14 @@ torch.library.register_fake("rsa_kernels::attention_backward", _fake_attention_b
 # Autograd --------------------------------------------------------------------------------------------------------
 
 
+_PLAIN_PYTORCH = "rsa_kernels.reference.recurrent_slice_attention and .slice_attention, which are plain PyTorch"
+
+
 def _differentiable(tensors: Sequence[Tensor]) -> bool:
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"slice-wise attention was given tangents, but it has no forward-mode derivative: call {_PLAIN_PYTORCH}"
+        )
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -166,13 +174,10 @@ class _Block(torch.autograd.Function):
         ctx.save_for_backward(x, *tensors, *maps, *inputs)
         ctx.arguments = (axes, scale, backend)
         ctx.mark_non_differentiable(*maps)
-        ctx.set_materialize_grads(False)
-        return out, *maps, *inputs
+        return out, *maps
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * (4 + len(Gradients._fields))
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         axes, scale, backend = ctx.arguments
         x, *saved = ctx.saved_tensors
         count = len(Gradients._fields) - 1
@@ -192,13 +197,10 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, weights)
         ctx.arguments = (axis, scale, backend)
         ctx.mark_non_differentiable(weights)
-        ctx.set_materialize_grads(False)
         return out, weights
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 6
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         axis, scale, backend = ctx.arguments
         needs = list(ctx.needs_input_grad[3:])
         grads = iter(attention_backward(grad, *ctx.saved_tensors, axis, scale, needs, backend))
@@ -216,9 +218,8 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            "slice-wise attention was differentiated twice, but its kernels have a first derivative only: call "
-            "rsa_kernels.reference.recurrent_slice_attention or .slice_attention, which are plain PyTorch, where a "
-            "second derivative is needed"
+            "slice-wise attention was differentiated twice, but it has a first derivative only: where a second one is "
+            f"needed, call {_PLAIN_PYTORCH}"
         )
 
 
@@ -227,8 +228,8 @@ def _block_autograd(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[T
     if not _differentiable((x, *tensors)):
         with torch._C._AutoDispatchBelowAutograd():
             return block(x, *tensors, axes, scale, keep_inputs, backend)
-    out, *rest = _Block.apply(axes, scale, keep_inputs, backend, x, *tensors)
-    return out, rest[: len(axes)], rest[len(axes) :]
+    out, *maps = _Block.apply(axes, scale, keep_inputs, backend, x, *tensors)
+    return out, maps, []  # the inputs are for backward, which has them
 
 
 def _attention_autograd(
@@ -265,8 +266,7 @@ def _register_autocast(device: str) -> None:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast(tensor: Tensor) -> Tensor:
-        eligible = tensor.device.type == device and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(torch.get_autocast_dtype(device)) if eligible else tensor
+        return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device))
 
     def block_rule(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         with torch._C._ExcludeDispatchKeyGuard(keyset):
@@ -280,7 +280,7 @@ def _register_autocast(device: str) -> None:
     library.impl("attention", attention_rule, key)
 
 
-for _device in ("cpu", "cuda"):
+for _device in ("cpu", "cuda", "xpu", "mps"):
     _register_autocast(_device)
 
 
@@ -288,7 +288,10 @@ for _device in ("cpu", "cuda"):
 
 
 def _step_flops(shape: Sequence[int], axes: Sequence[int], projections: int, mixes: int) -> int:
-    """``2 C^2 V`` for a product with the weights, ``2 S C V`` for one with a map, over all axes."""
+    """``2 C^2 V`` for a product with the weights, ``2 S C V`` for one with a map, over all axes.
+
+    Nominal, as such counts are: those of the algebra with all gradients, without what is computed again.
+    """
     batch, channels, *sizes = shape
     voxels = batch * channels * sizes[0] * sizes[1] * sizes[2]
     return sum(2 * voxels * (projections * channels + mixes * sizes[axis - 2]) for axis in axes)

@@ -83,9 +83,8 @@ def _recording() -> Iterator[None]:
     """Lets autograd record inside a kernel, which the dispatcher runs below autograd."""
     included = torch._C._dispatch_tls_local_include_set()
     excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA):
-        excluded = excluded - torch._C.DispatchKeySet(key)
-    excluded = excluded - torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    for name in ("ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutogradXPU", "AutogradMPS"):
+        excluded = excluded - torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield
 

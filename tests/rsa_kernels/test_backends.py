@@ -1,5 +1,6 @@
 """Which backend runs, who decides, and what the report says."""
 
+import os
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ def calls(monkeypatch):
                 return getattr(self.module, function)
 
         monkeypatch.setitem(backends._MODULES, name, Recorder(name, module))
-    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "_environment", backends.AUTO)
     return ran
 
 
@@ -36,7 +37,7 @@ def run(**options):
 
 def test_argument_then_context_then_environment_then_auto(calls, monkeypatch):
     run()
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
+    monkeypatch.setattr(backends, "_environment", "reference")
     run()
     with use_backend("torch"):
         run()
@@ -69,9 +70,26 @@ def test_backward_runs_where_forward_ran(calls):
 def test_unknown_names_are_refused_wherever_they_come_from(monkeypatch):
     with pytest.raises(ValueError, match="backend is 'fast', but must be one of auto, torch, reference"):
         use_backend("fast").__enter__()
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fast")
+    monkeypatch.setattr(backends, "_environment", "fast")
     with pytest.raises(ValueError, match="environment variable RSA_KERNELS_BACKEND is 'fast', but must be one of auto"):
         run()
+
+
+def test_the_environment_variable_is_read_at_import():
+    program = "import rsa_kernels.backends as b; print(b.requested(None))"
+    environment = {**os.environ, backends.ENVIRONMENT_VARIABLE: "reference"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "reference\n"
+
+
+def test_choices_may_end_in_any_order():
+    first, second = use_backend("reference"), use_backend("torch")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backends.requested(None) == "torch"
+    second.__exit__(None, None, None)
+    assert backends.requested(None) == backends._environment
 
 
 def test_every_backend_is_listed_and_explained():
@@ -88,7 +106,8 @@ def test_weights_are_not_folded_where_that_costs_more_than_it_saves(calls):
     assert explain(enough).backend == "torch"
     recurrent_slice_attention(few.double(), *random_block(64))
     recurrent_slice_attention(few.double(), *random_block(64), backend="torch")
-    assert calls == ["reference", "torch"]
+    slice_attention(few, few, few, 4)
+    assert calls == ["reference", "torch", "torch"]
 
 
 def test_the_command_reports_and_checks():

@@ -55,6 +55,18 @@ def block(**changes):
         ({"axes": (3, 4, 1)}, ValueError, r"axis is 1, but must be 2 or 'axial', 3 or 'coronal', 4 or 'sagittal'"),
         ({"axes": (3, 4, "transverse")}, ValueError, r"axis is 'transverse', but must be 2 or 'axial'"),
         ({"axes": (3, 4, True)}, ValueError, r"axis is True, but must be"),
+        ({"axes": {2, 3, 4}}, TypeError, r"axes is \{2, 3, 4\}, but must be a sequence"),
+        ({"axes": torch.tensor(3)}, TypeError, r"axes is tensor\(3\), but must be a sequence"),
+        ({"betas": torch.ones(3).half()}, TypeError, r"betas has dtype torch.float16, but must have that of x"),
+        ({"g_bias": torch.ones(4, device="meta").half()}, TypeError, r"g_bias has dtype torch.float16, but must have"),
+        ({"scale": "0.5"}, TypeError, r"scale is '0.5', but must be a number"),
+        ({"scale": torch.ones(())}, TypeError, r"scale is tensor\(1.\), but must be a number"),
+        (
+            {"x": torch.ones(1, 4, 3, 2, 5).to_sparse()},
+            TypeError,
+            r"x has layout torch.sparse_coo, but must be a dense",
+        ),
+        ({"backend": ["torch"]}, ValueError, r"backend is \['torch'\], but must be one of"),
         ({"backend": "cudnn"}, ValueError, r"backend is 'cudnn', but must be one of auto, torch, reference"),
     ],
 )
@@ -89,7 +101,31 @@ def test_slice_attention(changes, error, sentence):
         slice_attention(**{**volumes, "axis": 3, **changes})
 
 
+def test_autocast_does_not_hide_wrong_dtypes():
+    x = torch.ones(1, 4, 3, 2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=r"g_weight has dtype torch.complex64, but must have that of x"):
+            block(g_weight=torch.eye(4) + 0j)
+        with pytest.raises(TypeError, match=r"value has dtype torch.float64, but must have that of query"):
+            slice_attention(x, x.bfloat16(), x.double(), 2)
+
+
+def test_forward_mode_derivatives_are_refused():
+    x, block = random_volume((1, 4, 3, 2, 5)), random_block(4)
+    with pytest.raises(
+        RuntimeError, match=r"given tangents, but it has no forward-mode derivative: call rsa_kernels\.ref"
+    ):
+        torch.func.jvp(lambda x: recurrent_slice_attention(x, *block), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match="given tangents"):
+            slice_attention(x, x, dual, 2)
+        assert slice_attention(x, x, x, 2).isfinite().all()
+
+
 def test_explain():
+    with pytest.raises(ValueError, match="axes is empty"):
+        explain(torch.ones(1, 4, 3, 2, 5), ())
     with pytest.raises(TypeError, match="x is a list, but must be a tensor"):
         explain([1])
     with pytest.raises(ValueError, match="axis is 9, but must be"):

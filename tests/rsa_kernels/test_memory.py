@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import BACKENDS, published, random_block, random_volume
 
-from rsa_kernels import recurrent_slice_attention, slice_attention
+from rsa_kernels import folded, recurrent_slice_attention, slice_attention
 
 SHAPE = (2, 16, 8, 10, 9)
 MAPS = sum(2 * size * size * 4 for size in SHAPE[2:])
@@ -54,6 +54,53 @@ def test_slice_attention_keeps_its_inputs_and_the_map(backend):
     x = inputs()[0]
     kept = saved_bytes(lambda x: slice_attention(x, x, x, 3, backend=backend), x)
     assert kept <= VOLUME + 2 * SHAPE[3] ** 2 * 4
+
+
+def volumes_made(monkeypatch, function):
+    """How many tensors of at least the volume's size the folded backend allocates."""
+    made = []
+    empty, empty_like, new_zeros = torch.Tensor.new_empty, torch.empty_like, torch.Tensor.new_zeros
+
+    def note(allocate):
+        def call(*args, **kwargs):
+            result = allocate(*args, **kwargs)
+            if result.device.type != "meta" and result.nbytes >= VOLUME:
+                made.append(result.shape)
+            return result
+
+        return call
+
+    monkeypatch.setattr(folded, "CPU_TILE_BYTES", 1024)
+    monkeypatch.setattr(torch, "empty_like", note(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", note(empty))
+    monkeypatch.setattr(torch.Tensor, "new_zeros", note(new_zeros))
+    function()
+    return len(made)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_inference_makes_one_volume(gradients, monkeypatch):
+    tensors = [tensor.detach() for tensor in inputs()]
+    with torch.set_grad_enabled(gradients):  # without tensors that need any, gradients being on changes nothing
+        assert volumes_made(monkeypatch, lambda: recurrent_slice_attention(*tensors, backend="torch")) == 1
+
+
+def test_training_makes_three_volumes_forward_and_two_backward(monkeypatch):
+    tensors, outputs = inputs(), []
+    forward = volumes_made(monkeypatch, lambda: outputs.append(recurrent_slice_attention(*tensors, backend="torch")))
+    upstream = torch.ones(SHAPE)
+    assert forward == 3
+    # One for the gradient; 16 channels against 8 to 10 slices keep no projected gradient.
+    assert volumes_made(monkeypatch, lambda: outputs[0].backward(upstream)) == 1
+
+
+def test_many_tiny_slices_make_no_map_per_channel(monkeypatch):
+    volume = torch.ones(1, 64, 300, 1, 2)
+    largest = []
+    bmm = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: largest.append(bmm(a, b).numel()) or bmm(a, b))
+    slice_attention(volume, volume, volume, 2, backend="torch")
+    assert max(largest) == 300 * 300
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
