@@ -218,6 +218,9 @@ def predict_case(segmenter: Segmenter, case: Case, out: str | Path, *, threshold
     if not out.name.endswith(SUFFIXES):
         raise ValueError(f"{out} is not a name for a mask: end it in .nii.gz.")
     check_writable(out)
+    for path in (*case.images.values(), case.mask):
+        if path and path.exists() and out.exists() and out.samefile(path):
+            raise ValueError(f"{out} is an input of {case.id}, and would be lost: give another name to the mask.")
     mask = segmenter.probability(case) > threshold
     like = read_volume(case.images[segmenter.contrasts[0]])[1]
     write_mask(mask, like, out)

@@ -242,3 +242,15 @@ def test_attention_maps_are_of_the_window_around_the_largest_lesion(trained, coh
     assert all(np.allclose(values.sum(1), 1, atol=1e-5) for values in maps.values())
     assert seen[0].shape == (1, 3, 8, 16, 24)
     assert seen[0][0, 0, 3:5, 7:9, 11:13].max() > 1  # a lesion is bright on FLAIR
+
+
+@pytest.mark.parametrize("which", ["T1w", "mask"])
+def test_an_input_is_never_overwritten(tmp_path, phantoms, which):
+    images = write_images(tmp_path / "in", phantoms, np.eye(4))
+    mask = phantoms.save(tmp_path / "in" / "mask.nii.gz", phantoms.make_subject(3)[1])
+    target = {**images, "mask": mask}[which]
+    before = target.read_bytes()
+    out = tmp_path / "in" / ".." / "in" / target.name
+    with pytest.raises(ValueError, match="is an input of x"):
+        predict_case(segmenter(), Case("x", images, mask), out)
+    assert target.read_bytes() == before
