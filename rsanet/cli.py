@@ -5,8 +5,11 @@ Nothing heavy is imported here: torch, monai and the rest load inside the comman
 """
 
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +21,45 @@ try:
 except ImportError:
     sys.exit('The rsanet command needs typer, which is not installed: pip install "rsanet[segment]"')
 
+UsageError = typer.BadParameter.__base__  # of click, or of the copy of it that newer typers bring along
 DEFAULTS = Recipe()
 EXTRAS = {"nilearn": "demo"}  # every other optional package is in the extra "segment"
+
+
+class Stopped(BaseException):
+    """The user or the system ends the command: no error, so that nothing but `main` catches it.
+
+    Args:
+        signum: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+        self.left = ""  # what the command leaves on disk, in a sentence
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it SIGINT and SIGTERM raise `Stopped`.
+
+    A library must not see them otherwise: Lightning makes a silent exit of either, and reports success after SIGTERM.
+    """
+    process = os.getpid()
+
+    def stop(signum: int, frame: Any) -> None:
+        if os.getpid() == process:  # a forked worker is ended by its parent
+            raise Stopped(signum)
+
+    before = {}
+    try:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
+                before[signum] = signal.signal(signum, stop)
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class Command(TyperCommand):
@@ -133,9 +173,14 @@ def train(
         device=device,
         workers=workers,
     )
-    from rsanet.segment.train import train
+    from rsanet.segment.train import MODEL_NAME, train
 
-    model = train(data, out, recipe, contrasts)
+    try:
+        model = train(data, out, recipe, contrasts)
+    except Stopped as stopped:
+        kept = out / MODEL_NAME
+        stopped.left = f" {kept} has the weights saved last." if kept.is_file() else f" {out} has no weights yet."
+        raise
     typer.echo(f"The model is {model}.")
 
 
@@ -266,14 +311,14 @@ def is_ours(error: BaseException) -> bool:
     )
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """One sentence for the user about any error."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         extra = EXTRAS.get(package, "segment")
         return f'This command needs {package}, which is not installed: pip install "rsanet[{extra}]"'
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror.lower()}."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}." if error.filename else f"{error.strerror}."
     if isinstance(error, (ValueError, RuntimeError, OSError)) and is_ours(error):
         return str(error)
     first = (str(error).strip().splitlines() or [""])[0]
@@ -281,18 +326,32 @@ def explain(error: Exception) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line: one sentence on stderr and exit status 1 for an error, 2 for wrong usage.
+    """Runs the command line and exits.
+
+    The status is 1 after an error and 2 after wrong usage, 130 after Ctrl-C and 143 after SIGTERM, each with a
+    sentence on stderr.
 
     Args:
         args: the arguments; those of the process by default.
     """
     try:
-        app(args)
+        with stoppable():
+            status = app(args, standalone_mode=False) or 0
+    except Stopped as stopped:
+        interrupted = stopped.signum == signal.SIGINT
+        typer.echo(f"rsanet: {'interrupted' if interrupted else 'terminated'}.{stopped.left}", err=True)
+        status = 128 + stopped.signum
+    except UsageError as error:
+        error.show()
+        status = error.exit_code
     except Exception as error:
         if os.environ.get("RSANET_DEBUG", "0") not in ("", "0"):
             raise
-        typer.echo(f"rsanet: {explain(error)}", err=True)
-        sys.exit(1)
+        # Typer takes any EOFError for the end of its own input and aborts.
+        reason = error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error
+        typer.echo(f"rsanet: {explain(reason)}", err=True)
+        status = 1
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,8 @@ class RunRecord(pl.Callback):
         write_csv(self.run / "log.csv", self.rows)
         better = score is None or score > self.best
         if better:
+            if not all(torch.isfinite(parameter).all() for parameter in module.network.parameters()):
+                raise ValueError(f"The weights are not finite at step {trainer.global_step}: give a lower --lr.")
             self.best = -math.inf if score is None else score
             save_model(module.network, self.run / MODEL_NAME, self.extra)
         row = self.rows[-1]
@@ -216,7 +218,9 @@ def train(data: str | Path, run: str | Path, recipe: Recipe, contrasts: Sequence
     """
     run = Path(run)
     if (run / MODEL_NAME).exists():
-        raise ValueError(f"{run} already has a trained model: give another folder to -o, or remove this one.")
+        raise ValueError(
+            f"{run} already holds {MODEL_NAME}, of a finished or an interrupted run: give another folder to -o."
+        )
     device = pick_device(recipe.device)
     precision = pick_precision(recipe.precision, device)
     cases = find_cases(data, contrasts, require_mask=True)

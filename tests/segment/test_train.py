@@ -84,7 +84,7 @@ def test_without_held_out_cases_the_last_weights_are_kept(cohort, tmp_path, caps
 
 def test_a_finished_run_is_not_overwritten(trained, cohort):
     before = (trained / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="already has a trained model"):
+    with pytest.raises(ValueError, match=r"already holds model\.safetensors"):
         train.train(cohort, trained, Recipe(steps=1, **SMALL))
     assert (trained / "model.safetensors").read_bytes() == before
 
@@ -93,6 +93,16 @@ def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_cases(cohort, tmp
     monkeypatch.setattr(train.RSANet, "forward", lambda self, x: x[:, :2] * self.final[1].weight.sum() * math.nan)
     with pytest.raises(ValueError, match=r"loss is nan at step 1 on sub-00\d, sub-00\d"):
         train.train(cohort, tmp_path, Recipe(steps=2, **SMALL))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train.LesionSegmentation, "on_validation_end", lambda self: self.network.final[1].weight.data.fill_(math.nan)
+    )
+    monkeypatch.setattr(train, "dice", lambda prediction, mask: 1.0)
+    with pytest.raises(ValueError, match="weights are not finite at step 1"):
+        train.train(cohort, tmp_path, Recipe(steps=2, validate_every=1, **SMALL))
     assert not (tmp_path / "model.safetensors").exists()
 
 
