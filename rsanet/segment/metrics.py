@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 from scipy import ndimage, sparse
 
 from rsanet.segment import files
+from rsanet.segment.volumes import SUFFIXES, read_mask, same_grid, stem
 
 Array = np.ndarray
 
@@ -294,8 +295,6 @@ def evaluate_paths(
     pred: str | os.PathLike,
     ref: str | os.PathLike,
     protocol: Protocol = PROTOCOLS["custom"],
-    *,
-    progress: Callable[[int, int, str], None] | None = None,
 ) -> Evaluation:
     """Compare two mask files, or the masks of two folders subject by subject.
 
@@ -307,7 +306,6 @@ def evaluate_paths(
         pred: a NIfTI file or a folder.
         ref: likewise.
         protocol: how lesions are counted.
-        progress: called as ``progress(done, total, subject)`` after each case.
 
     Returns:
         The cases, and by subject the reason for each pair that could not be compared or has no partner.
@@ -325,13 +323,11 @@ def evaluate_paths(
     failures: dict[str, str] = {}
     pairs = _pair(pred, ref, failures) if pred.is_dir() else {_subject(pred): (pred, ref)}
     cases = []
-    for done, (subject, (pred_file, ref_file)) in enumerate(pairs.items(), start=1):
+    for subject, (pred_file, ref_file) in pairs.items():
         try:
             cases.append(_evaluate_files(pred_file, ref_file, protocol, subject))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             failures[subject] = str(error)
-        if progress is not None:
-            progress(done, len(pairs), subject)
     return Evaluation(protocol, cases, dict(sorted(failures.items())))
 
 
@@ -369,7 +365,7 @@ def find_masks(folder: str | os.PathLike) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*.nii*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.name.endswith((".nii", ".nii.gz")) and not hidden and not NOT_MASKS.search(file.name):
+        if file.name.endswith(SUFFIXES) and not hidden and not NOT_MASKS.search(file.name):
             found.setdefault(_subject(file), []).append(file)
     # Where some of a subject's files are named as lesion masks, the others are something else.
     for subject, masks in found.items():
@@ -379,40 +375,24 @@ def find_masks(folder: str | os.PathLike) -> dict[str, list[Path]]:
 
 
 def _subject(file: Path) -> str:
-    name = re.sub(r"\.nii(\.gz)?$", "", file.name)
+    name = stem(file)
     entities = re.match(r"(sub-[A-Za-z0-9]+)(_ses-[A-Za-z0-9]+)?", name)
     return entities.group(0) if entities else re.sub(r"(_label-lesion)?(_mask)?$", "", name)
 
 
-def read_mask(file: Path) -> tuple[Array, Array]:
-    """Voxels and affine of a mask file with three dimensions."""
-    try:
-        image = nibabel.load(file)
-        voxels = np.asarray(image.dataobj)
-    except Exception as error:  # nibabel, gzip and zlib raise a dozen types for a damaged file
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{file} cannot be read as NIfTI: it is damaged or something else ({reason}).") from error
-    while voxels.ndim > 3 and voxels.shape[-1] == 1:
-        voxels = voxels[..., 0]
-    return voxels, image.affine
-
-
 def _evaluate_files(pred_file: Path, ref_file: Path, protocol: Protocol, subject: str) -> CaseMetrics:
-    (pred, pred_affine), (ref, ref_affine) = read_mask(pred_file), read_mask(ref_file)
+    (pred, pred_image), (ref, ref_image) = read_mask(pred_file), read_mask(ref_file)
     if pred.shape != ref.shape:
         raise ValueError(
             f"{pred_file} has shape {pred.shape} and {ref_file} {ref.shape}: "
             "bring the prediction to the reference's grid."
         )
-    if not np.allclose(pred_affine, ref_affine, rtol=0, atol=1e-3):
+    if not same_grid(pred_image, ref_image):
         raise ValueError(
-            f"{pred_file} has the affine {np.round(pred_affine, 3).tolist()} and {ref_file} "
-            f"{np.round(ref_affine, 3).tolist()}: bring the prediction to the reference's grid."
+            f"{pred_file} has the affine {np.round(pred_image.affine, 3).tolist()} and {ref_file} "
+            f"{np.round(ref_image.affine, 3).tolist()}: bring the prediction to the reference's grid."
         )
-    try:
-        return evaluate_case(pred, ref, nibabel.affines.voxel_sizes(ref_affine), protocol, subject=subject)
-    except ValueError as error:
-        raise ValueError(f"{pred_file.name} against {ref_file.name}: {error}") from error
+    return evaluate_case(pred, ref, nibabel.affines.voxel_sizes(ref_image.affine), protocol, subject=subject)
 
 
 # --- results ----------------------------------------------------------------------------------------------

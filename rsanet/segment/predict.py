@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rsanet.attention import RSABlock
 from rsanet.checkpoints import load_model
 from rsanet.network import RSANet
-from rsanet.segment.data import SUFFIXES, Case, list_cases, preprocessing, read_volume
+from rsanet.segment.data import Case, list_cases, preprocessing
 from rsanet.segment.environment import (
     MEMORY_FORMAT,
     Precision,
@@ -28,6 +28,7 @@ from rsanet.segment.environment import (
 from rsanet.segment.files import check_writable, write_csv, written_beside
 from rsanet.segment.metrics import label_lesions
 from rsanet.segment.recipe import triple
+from rsanet.segment.volumes import SUFFIXES, read_volume
 
 MODEL_NAME = "model.safetensors"
 WINDOWS = 2  # per pass; see below why not one
@@ -35,9 +36,7 @@ MASK_NAME = "{case}_label-lesion_mask.nii.gz"
 
 
 @torch.inference_mode()
-def lesion_probability(
-    network: nn.Module, image: Tensor, roi: Sequence[int], precision: Precision, overlap: float = 0.25
-) -> Tensor:
+def lesion_probability(network: nn.Module, image: Tensor, roi: Sequence[int], precision: Precision) -> Tensor:
     """Probability of lesion at each voxel of whole volumes, from overlapping windows with Gaussian blending.
 
     Slice-wise attention is global over its window, so the result depends on ``roi``.
@@ -47,7 +46,6 @@ def lesion_probability(
         image: ``(N, C, D, H, W)``, normalized.
         roi: size of the window.
         precision: what to compute the network in.
-        overlap: share of a window that its neighbour covers too.
 
     Returns:
         ``(N, 1, D, H, W)``, float32, on the device of ``image``.
@@ -67,7 +65,7 @@ def lesion_probability(
         roi,
         WINDOWS,
         predict_windows,
-        overlap=overlap,
+        overlap=0.25,
         mode="gaussian",
         sw_device=device,
         device=image.device,
@@ -84,6 +82,7 @@ class Segmenter:
     spacing: tuple[float, float, float] | None
     device: torch.device
     precision: Precision
+    name: str = "the model"  # for messages
 
     @classmethod
     def load(
@@ -113,7 +112,9 @@ class Segmenter:
             raise ValueError(f"--roi is {window}: give positive sizes in voxels.")
         spacing = tuple(extra["spacing"]) if extra.get("spacing") else None
         network = network.to(chosen, memory_format=MEMORY_FORMAT).eval()
-        return cls(network, tuple(extra["contrasts"]), window, spacing, chosen, pick_precision(precision, chosen))
+        return cls(
+            network, tuple(extra["contrasts"]), window, spacing, chosen, pick_precision(precision, chosen), str(path)
+        )
 
     @property
     def backend(self) -> str:
@@ -161,6 +162,11 @@ class Segmenter:
         data = transform(Case(case.id, self.images_of(case)))
         image = data["image"]
         probability = lesion_probability(self.network, image.as_tensor()[None], self.roi, self.precision)
+        if not torch.isfinite(probability).all():
+            raise ValueError(
+                f"{self.name} gives {case.id} probabilities that are NaN: its weights do not fit these images, or "
+                "are spoiled; try --precision fp32, or train again."
+            )
         return restore_grid(probability[0], image, transform)
 
 

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from rsanet.segment import files
 from rsanet.segment.metrics import PROTOCOLS, CaseMetrics, Protocol, evaluate_case
+from rsanet.segment.volumes import read_image, read_mask, same_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,6 +89,9 @@ class View:
             name: shown beside the slices.
             protocol: how lesions are counted.
         """
+        if isinstance(flair, (str, os.PathLike)):
+            voxels, header = read_image(flair)
+            flair = nibabel.Nifti1Image(voxels, header.affine)
         image = _image(flair, affine, "flair")
         canonical = nibabel.as_closest_canonical(image)
         masks: list[Array | None] = []
@@ -95,10 +99,15 @@ class View:
             if mask is None:
                 masks.append(None)
                 continue
+            source = what
+            if isinstance(mask, (str, os.PathLike)):
+                source = str(mask)
+                voxels, header = read_mask(mask)
+                mask = nibabel.Nifti1Image(voxels.astype(np.uint8), header.affine)
             mask = _image(mask, image.affine, what)
-            if mask.shape != image.shape or not np.allclose(mask.affine, image.affine, rtol=0, atol=1e-3):
+            if not same_grid(mask, image):
                 raise ValueError(
-                    f"{what} has shape {mask.shape} and flair {image.shape}, or their affines differ: "
+                    f"{source} has shape {mask.shape} and flair {image.shape}, or their affines differ: "
                     "give masks on the image's grid."
                 )
             masks.append(np.asarray(nibabel.as_closest_canonical(mask).dataobj))
@@ -134,8 +143,6 @@ class View:
 
 
 def _image(volume: Any, affine: Array | None, what: str) -> nibabel.Nifti1Image:
-    if isinstance(volume, (str, os.PathLike)):
-        volume = nibabel.load(volume)
     if isinstance(volume, np.ndarray):
         if affine is None:
             raise ValueError(f"{what} is an array without an affine: give affine=, or a nibabel image.")

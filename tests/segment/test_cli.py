@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -98,7 +99,7 @@ def spoil(kind, path):
         path.write_text("This is not an image.\n")
     elif kind == "truncated":
         nib.save(nib.Nifti1Image(voxels, image.affine), path)
-        path.write_bytes(path.read_bytes()[:-3000])
+        path.write_bytes(path.read_bytes()[: -min(3000, path.stat().st_size // 2)])
     elif kind == "gzipped text":
         path.write_bytes(gzip.compress(b"This is not an image.\n"))
     else:
@@ -203,7 +204,7 @@ def test_a_run_that_has_a_model_is_refused(trained, cohort, rsanet, tiny):
     code, _, err = rsanet("train", cohort, "-o", trained, *tiny)
     assert code == 1
     assert is_one_sentence(err)
-    assert "already has a trained model" in err
+    assert "already holds model.safetensors" in err
 
 
 def test_a_comparison_with_missing_masks_shows_the_others_and_fails(cohort, tmp_path, phantoms, rsanet):
@@ -317,3 +318,64 @@ def test_doctor_shows_versions_hardware_and_backends(rsanet):
     assert facts["python"].strip() == ".".join(map(str, sys.version_info[:3]))
     assert facts["backend torch"].strip() == "usable"
     assert "cores" in facts["cpu"]
+
+
+@pytest.mark.parametrize(("signum", "status", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_stopped_training_says_so_and_what_it_leaves(
+    cohort, tiny, tmp_path, monkeypatch, rsanet, signum, status, word, saved
+):
+    from rsanet.segment.train import RunRecord
+
+    noted = RunRecord.on_train_batch_end
+
+    def stop(self, *args):
+        noted(self, *args)
+        if (self.run / "model.safetensors").exists() == saved:
+            signal.raise_signal(signum)
+
+    monkeypatch.setattr(RunRecord, "on_train_batch_end", stop)
+    before = signal.getsignal(signum)
+    options = ["--steps", "4", "--validate-every", "1", *tiny]
+    code, out, err = rsanet("train", cohort, "-o", tmp_path / "run", *options)
+    assert code == status
+    assert is_one_sentence(err)
+    assert word in err
+    assert ("has the weights saved last" if saved else "has no weights yet") in err
+    assert (tmp_path / "run" / "model.safetensors").exists() == saved
+    assert "The model is" not in out
+    assert signal.getsignal(signum) == before
+
+
+def test_an_end_of_file_is_an_error_like_another(monkeypatch, rsanet):
+    def fail():
+        raise EOFError("Compressed file ended")
+
+    monkeypatch.setattr("rsanet.segment.environment.describe_environment", fail)
+    code, _, err = rsanet("doctor")
+    assert code == 1
+    assert is_one_sentence(err.lstrip())
+    assert "EOFError" in err
+    assert "Aborted" not in err
+
+
+def test_a_stopped_process_has_the_status_of_its_signal():
+    code = (
+        "import os, signal, rsanet.cli as cli\n"
+        "cli.app.command('wait')(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "cli.main(['wait'])"
+    )
+    result = python(code)
+    assert (result.returncode, result.stderr) == (143, "rsanet: terminated.\n")
+
+
+def test_a_cut_mask_stops_the_picture_with_a_sentence(cohort, tmp_path, phantoms, rsanet):
+    mask = tmp_path / "masks" / "sub-001.nii.gz"
+    mask.parent.mkdir()
+    shutil.copy(phantoms.mask_path(cohort, "sub-001"), mask)
+    spoil("truncated", mask)
+    code, _, err = rsanet("report", tmp_path / "r.png", "--data", cohort, "--pred", tmp_path / "masks")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert f"{mask} cannot be read" in err
+    assert not (tmp_path / "r.png").exists()

@@ -15,9 +15,9 @@ from rsanet.segment.data import (
     is_simulated,
     list_cases,
     preprocessing,
-    read_volume,
     training_transforms,
 )
+from rsanet.segment.volumes import read_mask, read_volume
 
 
 def normalized(image):
@@ -229,3 +229,23 @@ def test_simulated_cohorts_are_known_by_their_description(cohort, tmp_path, phan
     for description in ("no json", "[]", '{"GeneratedBy": [{"Name": "fMRIPrep"}]}', '{"GeneratedBy": null}'):
         (tmp_path / "dataset_description.json").write_text(description)
         assert not is_simulated(tmp_path)
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_a_mask_is_zero_and_one_other_number(tmp_path, phantoms, value):
+    images, lesions = phantoms.make_subject(1)
+    flair = phantoms.save(tmp_path / "flair.nii.gz", images["FLAIR"])
+    path = phantoms.save(tmp_path / "mask.nii.gz", value * lesions.astype(float), dtype=np.uint8)
+    assert np.array_equal(read_mask(path)[0], lesions)
+    assert np.array_equal(LoadCase()(Case("x", {"FLAIR": flair}, path))["mask"][0].numpy() > 0, lesions)
+
+
+@pytest.mark.parametrize("values", [[1, 2], [0.25, 0.5, 0.75, 0.8], [-1]])
+def test_labels_and_probabilities_are_no_mask(tmp_path, phantoms, values):
+    root = phantoms.write_cohort(tmp_path, 2)
+    voxels = np.zeros((26, 30, 24))
+    voxels[0, 0, : len(values)] = values
+    path = phantoms.save(phantoms.mask_path(root, "sub-002"), voxels)
+    with pytest.raises(ValueError, match=r"1 of 2 cases .*\n.*is not a binary mask: besides 0 it has ") as error:
+        find_cases(root, require_mask=True)
+    assert str(path) in str(error.value)

@@ -254,3 +254,10 @@ def test_an_input_is_never_overwritten(tmp_path, phantoms, which):
     with pytest.raises(ValueError, match="is an input of x"):
         predict_case(segmenter(), Case("x", images, mask), out)
     assert target.read_bytes() == before
+
+
+def test_a_network_that_gives_nan_gives_no_mask(tmp_path, phantoms):
+    images = write_images(tmp_path, phantoms, np.eye(4))
+    with pytest.raises(ValueError, match="the model gives x probabilities that are NaN"):
+        predict_case(segmenter(threshold=np.nan), Case("x", images), tmp_path / "mask.nii.gz")
+    assert not (tmp_path / "mask.nii.gz").exists()
