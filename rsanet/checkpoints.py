@@ -47,7 +47,9 @@ def _read_checkpoint(path: str | os.PathLike) -> Any:
             f"{path} holds more than tensors, or is no checkpoint, and is not unpickled because that could "
             "run code of its own: where it came from, write it with torch.save(model.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
+    except PermissionError:
+        raise
+    except (RuntimeError, OSError, EOFError, KeyError) as error:
         raise ValueError(
             f"{path} cannot be read as a PyTorch checkpoint ({type(error).__name__}), perhaps truncated: copy it again"
         ) from error
@@ -166,6 +168,7 @@ def save_model(model: RSANet, path: str | os.PathLike, extra: Mapping[str, Any] 
         extra: anything in JSON types that belongs to the model; ``model.extra`` by default.
 
     Raises:
+        FileNotFoundError: If the folder of ``path`` does not exist.
         ImportError: If safetensors is not installed.
         TypeError: If ``model`` is no ``RSANet``, or ``extra`` is not of JSON types.
         ValueError: If submodules were added, so that the configuration does not describe the network.
@@ -195,6 +198,8 @@ def save_model(model: RSANet, path: str | os.PathLike, extra: Mapping[str, Any] 
         EXTRA_KEY: described_extra,
     }
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}: create it before {path.name} is saved there")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         # Written here, not by the library, whose files only their owner may read.
@@ -254,7 +259,8 @@ def load_model(path: str | os.PathLike, *, recompute: bool = False, backend: str
         with torch.device("meta"):
             model = RSANet(**config, recompute=recompute, backend=backend)
     except (TypeError, ValueError, RuntimeError, RecursionError) as error:
-        raise ValueError(f"{path} has an unusable configuration ({error}): save the model again") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} has an unusable configuration ({reason}): save the model again") from error
     _load_strictly(model, tensors, os.fspath(path))
     model.extra = extra
     return model.eval()

@@ -10,6 +10,8 @@ from rsanet.unet import BLOCKS, DOWNSAMPLINGS, UPSAMPLINGS, Norm, make_norm, par
 ATTENTIONS = ("rsa", "non_local")
 MAX_LEVELS = 16  # a volume of 2^15 voxels a side; more is a slip
 
+MAX_WIDTH = 2**16  # a convolution between two such levels takes half a terabyte
+
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     """``value`` if it is one of the choices."""
@@ -32,6 +34,8 @@ def check_widths(channels: Any, norm: Norm) -> list[int]:
         raise ValueError(
             f"channels has {len(widths)} widths, but a U-Net has 2 to {MAX_LEVELS} levels: give one per level"
         )
+    if max(widths) > MAX_WIDTH:
+        raise ValueError(f"channels has a width of {max(widths)}, but {MAX_WIDTH} is the most: give narrower levels")
     name, options = parse_norm(norm)
     if name == "group":
         for width in widths:

@@ -109,7 +109,8 @@ def attention_backend(network: RSANet, window: Sequence[int], device: torch.devi
     name = requested(block.backend)
     if name != AUTO:
         return name
-    level = network.config["channels"].index(block.channels)
+    # The first block is the coarsest of the encoder's, or else of the decoder's.
+    level = (network.config["attention_levels"] or network.config["decoder_attention_levels"])[-1]
     size = [-(-width // 2**level) for width in window]
     dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
     return explain(torch.empty(1, block.channels, *size, dtype=dtype, device=device)).backend

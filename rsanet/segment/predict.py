@@ -1,9 +1,11 @@
 """Lesion masks from a trained model, in the space of the images they were asked for."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -107,11 +109,12 @@ class Segmenter:
         extra = network.extra
         if not {"contrasts", "roi"} <= extra.keys():
             raise ValueError(f"{path} does not name its contrasts and window: give a model of `rsanet train`.")
+        check_extra(path, network)
         window = triple(roi, "--roi") if roi else tuple(extra["roi"])
         if min(window) < 1:
             raise ValueError(f"--roi is {window}: give positive sizes in voxels.")
         spacing = tuple(extra["spacing"]) if extra.get("spacing") else None
-        network = network.to(chosen, memory_format=MEMORY_FORMAT).eval()
+        network = network.float().to(chosen, memory_format=MEMORY_FORMAT).eval()
         return cls(
             network, tuple(extra["contrasts"]), window, spacing, chosen, pick_precision(precision, chosen), str(path)
         )
@@ -130,10 +133,7 @@ class Segmenter:
 
     def images_of(self, case: Case) -> dict[str, Path]:
         """The images of a case that the model wants, in its order."""
-        missing = [name for name in self.contrasts if name not in case.images]
-        if missing:
-            raise ValueError(f"{case.id} has no {' and no '.join(missing)}.")
-        return {name: case.images[name] for name in self.contrasts}
+        return case.pick(self.contrasts)
 
     def attention_maps(self, case: Case) -> dict[str, np.ndarray]:
         """The ``(S, S)`` maps of the coarsest slice-wise attention, by axis, in the window of the largest lesion.
@@ -183,6 +183,34 @@ def model_file(model: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give the folder of a finished run, or a .safetensors file.")
     return path
+
+
+def check_extra(path: Path, network: RSANet) -> None:
+    """Refuses a model file whose words on its use cannot be true."""
+    contrasts, roi, spacing = (network.extra.get(key) for key in ("contrasts", "roi", "spacing"))
+    channels, classes = network.config["in_channels"], network.config["out_channels"]
+
+    def three(values: Any, kinds: type | tuple[type, ...]) -> bool:
+        return (
+            isinstance(values, list)
+            and len(values) == 3
+            and all(isinstance(value, kinds) and not isinstance(value, bool) for value in values)
+            and all(0 < value < math.inf for value in values)
+        )
+
+    if classes != 2:
+        problem = f"{classes} output channels, not background and lesion"
+    elif not (isinstance(contrasts, list) and all(isinstance(name, str) for name in contrasts)):
+        problem = f"the contrasts {contrasts!r}, not a list of names"
+    elif len(contrasts) != channels or len(set(contrasts)) != channels:
+        problem = f"the contrasts {contrasts!r}, but its network has {channels} input channels"
+    elif not three(roi, int):
+        problem = f"the window {roi!r}, not three sizes in voxels"
+    elif spacing is not None and not three(spacing, (int, float)):
+        problem = f"the spacing {spacing!r}, not three sizes in mm"
+    else:
+        return
+    raise ValueError(f"{path} has {problem}: give a model of `rsanet train`.")
 
 
 def write_mask(mask: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
@@ -276,6 +304,7 @@ def predict_cohort(
     out = Path(out)
     cases, _ = list_cases(data, segmenter.contrasts)
     out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / "predictions.csv")
     predictions: list[Prediction] = []
     failures: dict[str, str] = {}
     for number, case in enumerate(cases, start=1):

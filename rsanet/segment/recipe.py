@@ -1,10 +1,12 @@
 """What a training run can be told. Imports at once, so that the command line knows the defaults."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("rsa", "non_local", "none")
+LARGEST_VOXEL = 20  # mm; no lesion survives more
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ class Recipe:
         for name, smallest in (("steps", 1), ("batch", 1), ("workers", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"--{name} is {getattr(self, name)}: give {smallest} or more.")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr is {self.lr}: give a positive learning rate, for example 1e-3.")
-        if not 0 < self.attention_scale < float("inf"):
+        if not 0 < self.attention_scale < math.inf:
             raise ValueError(f"--attention-scale is {self.attention_scale}: give a positive factor, for example 1")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val-fraction is {self.val_fraction}: give a share from 0 up to, not including, 1.")
@@ -61,10 +63,12 @@ class Recipe:
             raise ValueError(f"--dropout is {self.dropout}: give a probability from 0 up to, not including, 1.")
         if self.validate_every is not None and self.validate_every < 1:
             raise ValueError(f"--validate-every is {self.validate_every}: give 1 step or more.")
-        if not self.channels or min(self.channels) < 1:
-            raise ValueError(f"--channels are {self.channels}: give one positive width per level.")
-        if self.spacing is not None and min(self.spacing) <= 0:
-            raise ValueError(f"--spacing is {self.spacing}: give positive voxel sizes in mm.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed is {self.seed}: give a whole number from 0 to {2**32 - 1}.")
+        if len(self.channels) < 2 or min(self.channels) < 1:
+            raise ValueError(f"--channels are {self.channels}: give one positive width per level, two or more.")
+        if self.spacing is not None and not all(0 < size <= LARGEST_VOXEL for size in self.spacing):
+            raise ValueError(f"--spacing is {self.spacing}: give voxel sizes in mm, above 0 and up to {LARGEST_VOXEL}.")
         if self.attention not in ATTENTIONS:
             raise ValueError(f"--attention is {self.attention!r}: give one of {', '.join(ATTENTIONS)}.")
         if min(self.patch) < 1:

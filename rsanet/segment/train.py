@@ -32,7 +32,7 @@ from rsanet.segment.environment import (
     pick_device,
     pick_precision,
 )
-from rsanet.segment.files import write_csv
+from rsanet.segment.files import write_csv, written_beside
 from rsanet.segment.predict import MODEL_NAME, lesion_probability
 from rsanet.segment.recipe import Recipe
 
@@ -226,8 +226,6 @@ def train(data: str | Path, run: str | Path, recipe: Recipe, contrasts: Sequence
     cases = find_cases(data, contrasts, require_mask=True)
     contrasts = list(cases[0].images)
     training, held_out = split_cases(cases, recipe.val_fraction, recipe.seed)
-    run.mkdir(parents=True, exist_ok=True)
-
     silence_lightning()
     pl.seed_everything(recipe.seed, verbose=False)
     network = RSANet(
@@ -239,6 +237,7 @@ def train(data: str | Path, run: str | Path, recipe: Recipe, contrasts: Sequence
         scale=recipe.attention_scale,
     ).to(memory_format=MEMORY_FORMAT)
     backend = attention_backend(network, recipe.patch, device, precision)
+    run.mkdir(parents=True, exist_ok=True)
     print(
         f"Training on {len(training)} cases ({', '.join(contrasts)}), {len(held_out)} held out: "
         f"{describe_device(device)}, attention backend {backend}, precision {precision}, "
@@ -255,7 +254,8 @@ def train(data: str | Path, run: str | Path, recipe: Recipe, contrasts: Sequence
         "training": [case.id for case in training],
         "held_out": [case.id for case in held_out],
     }
-    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with written_beside(run / "config.json") as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n")
     extra = {"contrasts": contrasts, "roi": list(recipe.patch), "spacing": recipe.spacing}
     record = RunRecord(run, recipe, extra)
     trainer = pl.Trainer(

@@ -575,7 +575,7 @@ def configured(**changes):
         (configured(backend="triton"), "multiple values for keyword argument 'backend'"),
         (configured(block="__import__('os')"), "block is .*unknown"),
         (configured(channels=[8, 16, 2**62]), "unusable configuration|does not fit"),
-        (configured(channels=[80000, 80000, 80000]), "does not fit this network.*of shape"),
+        (configured(channels=[60000, 60000, 60000]), "does not fit this network.*of shape"),
         (configured(channels=[8, 16, 16]), "does not fit this network"),
     ],
 )
@@ -633,3 +633,44 @@ def test_package_needs_torch_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "fine", done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200, 0.5, 0.99])
+def test_a_checkpoint_cut_anywhere_is_refused(keep, tmp_path):
+    path = tmp_path / "cut.pth"
+    torch.save(narrow_reference(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
+    with pytest.raises(ValueError, match=r"cut\.pth"):
+        load_reference_checkpoint(path)
+
+
+def test_a_checkpoint_that_the_system_cannot_read_is_refused(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(22, "Invalid argument")
+
+    (tmp_path / "cut.pth").write_bytes(b"PK")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match=r"cut\.pth cannot be read"):
+        load_reference_checkpoint(tmp_path / "cut.pth")
+
+
+def test_a_missing_folder_for_a_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        save_model(narrow(), tmp_path / "nowhere" / "m.safetensors")
+
+
+def test_a_network_too_wide_for_any_memory_is_refused():
+    with pytest.raises(ValueError, match="65536 is the most"):
+        RSANet(1, 2, (8, 2**17))
+
+
+def test_a_broken_configuration_is_told_in_one_line(tmp_path, monkeypatch):
+    save_model(narrow(), tmp_path / "m.safetensors")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no memory\nat line 1\nat line 2")
+
+    monkeypatch.setattr(rsanet.checkpoints, "RSANet", fail)
+    with pytest.raises(ValueError, match=r"\(no memory\): save the model again$"):
+        load_model(tmp_path / "m.safetensors")

@@ -249,3 +249,32 @@ def test_labels_and_probabilities_are_no_mask(tmp_path, phantoms, values):
     with pytest.raises(ValueError, match=r"1 of 2 cases .*\n.*is not a binary mask: besides 0 it has ") as error:
         find_cases(root, require_mask=True)
     assert str(path) in str(error.value)
+
+
+def test_every_session_is_a_case_with_its_own_mask(tmp_path, phantoms):
+    images, lesions = phantoms.make_subject(1)
+    for name in ("sub-006/ses-01", "sub-006/ses-02", "sub-007"):
+        key = name.replace("/", "_")
+        phantoms.save(tmp_path / name / "anat" / f"{key}_FLAIR.nii.gz", images["FLAIR"])
+        mask = tmp_path / "derivatives" / "lesions" / name / "anat" / f"{key}_label-lesion_mask.nii.gz"
+        phantoms.save(mask, lesions)
+    cases = find_cases(tmp_path, require_mask=True)
+    assert [case.id for case in cases] == ["sub-006_ses-01", "sub-006_ses-02", "sub-007"]
+    for case in cases:
+        assert case.images["FLAIR"].name == f"{case.id}_FLAIR.nii.gz"
+        assert case.mask.name == f"{case.id}_label-lesion_mask.nii.gz"
+
+
+def test_two_images_of_one_contrast_are_a_bad_case(tmp_path, phantoms):
+    root = phantoms.write_cohort(tmp_path, 2)
+    first = phantoms.image_path(root, "sub-002")
+    first.rename(first.with_name("sub-002_run-1_FLAIR.nii.gz"))
+    phantoms.save(first.with_name("sub-002_run-2_FLAIR.nii.gz"), phantoms.make_subject(9)[0]["FLAIR"])
+    with pytest.raises(ValueError, match=r"1 of 2 cases .*\n  sub-002 has several FLAIR images \(.*run-1.*run-2"):
+        find_cases(root, require_mask=True)
+    assert len(find_cases(root, ["T1w"], require_mask=True)) == 2
+
+
+def test_a_contrast_is_named_once(cohort):
+    with pytest.raises(ValueError, match="--contrasts has FLAIR more than once"):
+        find_cases(cohort, ["FLAIR", "T1w", "FLAIR"], require_mask=True)

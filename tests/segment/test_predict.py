@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import nibabel as nib
@@ -261,3 +262,44 @@ def test_a_network_that_gives_nan_gives_no_mask(tmp_path, phantoms):
     with pytest.raises(ValueError, match="the model gives x probabilities that are NaN"):
         predict_case(segmenter(threshold=np.nan), Case("x", images), tmp_path / "mask.nii.gz")
     assert not (tmp_path / "mask.nii.gz").exists()
+
+
+GOOD = {"contrasts": ["FLAIR", "T1w"], "roi": [16, 16, 16], "spacing": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "classes", "reason"),
+    [
+        ({}, 3, "3 output channels"),
+        ({"contrasts": ["FLAIR"]}, 2, "2 input channels"),
+        ({"contrasts": ["FLAIR", "FLAIR"]}, 2, "2 input channels"),
+        ({"contrasts": "FT"}, 2, "not a list of names"),
+        ({"roi": [16, 16]}, 2, "not three sizes"),
+        ({"roi": [16, 16, 0]}, 2, "not three sizes"),
+        ({"roi": [16, 16, 1.5]}, 2, "not three sizes"),
+        ({"spacing": [1, 1]}, 2, "not three sizes in mm"),
+        ({"spacing": [1, 1, -1.0]}, 2, "not three sizes in mm"),
+        ({"spacing": "1 mm"}, 2, "not three sizes in mm"),
+    ],
+)
+def test_a_model_file_that_contradicts_itself_is_refused(tmp_path, change, classes, reason):
+    save_model(RSANet(2, classes, (8, 16)), tmp_path / "m.safetensors", {**GOOD, **change})
+    with pytest.raises(ValueError, match=rf"m\.safetensors has .*{reason}"):
+        Segmenter.load(tmp_path / "m.safetensors")
+
+
+def test_weights_in_half_precision_are_computed_in_single(tmp_path):
+    save_model(RSANet(2, 2, (8, 16)).half(), tmp_path / "m.safetensors", GOOD)
+    model = Segmenter.load(tmp_path / "m.safetensors", device="cpu")
+    assert {parameter.dtype for parameter in model.network.parameters()} == {torch.float32}
+
+
+def test_an_output_folder_is_checked_before_any_image_is_read(tmp_path, phantoms, monkeypatch):
+    root = phantoms.write_cohort(tmp_path / "data", 2)
+    (tmp_path / "out").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "out" and access(path, mode))
+    seen = []
+    with pytest.raises(ValueError, match="not writable"):
+        predict_cohort(segmenter(), root, tmp_path / "out", progress=lambda *args: seen.append(args))
+    assert not seen

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import types
 from itertools import pairwise
 
 import pytest
@@ -199,6 +200,13 @@ def test_dice_counts_empty_as_agreement():
         {"lr": math.nan},
         {"patch": (0, 8, 8)},
         {"channels": ()},
+        {"channels": (8,)},
+        {"lr": math.inf},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"spacing": (1.0, math.inf, 1.0)},
+        {"spacing": (1.0, math.nan, 1.0)},
+        {"spacing": (1.0, 1.0, 21.0)},
         {"val_fraction": 1.0},
         {"dropout": 1.0},
         {"attention": "cubic"},
@@ -219,3 +227,19 @@ def test_one_value_stands_for_three_axes():
     assert triple([8, 9, 10], "--patch") == (8, 9, 10)
     with pytest.raises(ValueError, match="--patch has 2 values"):
         triple([8, 9], "--patch")
+
+
+def test_a_network_that_cannot_be_made_leaves_no_folder(cohort, tmp_path):
+    with pytest.raises(ValueError, match="65536 is the most"):
+        train.train(cohort, tmp_path / "run", Recipe(**{**SMALL, "channels": (8, 2**17)}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_backend_is_asked_for_the_window_of_the_level_with_attention(monkeypatch):
+    seen = []
+    backend = types.SimpleNamespace(backend="torch")
+    monkeypatch.setattr(environment, "explain", lambda x: seen.append(tuple(x.shape)) or backend)
+    network = train.RSANet(1, 2, (8, 8, 8))
+    precision = environment.pick_precision("fp32", torch.device("cpu"))
+    assert environment.attention_backend(network, (16, 32, 64), torch.device("cpu"), precision) == "torch"
+    assert seen == [(1, 8, 4, 8, 16)]
