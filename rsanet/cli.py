@@ -119,7 +119,7 @@ def simulate(
         typer.echo(f"{name}  {done}/{total}")
 
     simulate_cohort(out, subjects, spacing=triple(spacing or [1.0], "--spacing"), seed=seed, progress=progress)
-    typer.echo(f"{subjects} simulated patients are in {out}.")
+    typer.echo(f"{out} holds {counted(subjects, 'simulated patient')}.")
 
 
 @app.command(cls=Command)
@@ -212,7 +212,7 @@ def predict(
         case = name_images(segmenter, images)
         typer.echo(segmenter.describe())
         found = predict_case(segmenter, case, out, threshold=threshold)
-        typer.echo(f"{found.lesions} lesions, {found.load_mm3:g} mm³, {found.seconds:.1f} s.")
+        typer.echo(f"{counted(found.lesions, 'lesion')}, {found.load_mm3:g} mm³, {found.seconds:.1f} s.")
         typer.echo(f"The mask is {out}.")
         return
 
@@ -221,7 +221,7 @@ def predict(
             typer.echo(f"{number}/{total}  no mask: {result}")
         else:
             typer.echo(
-                f"{number}/{total}  {result.case}: {result.lesions} lesions, {result.load_mm3:g} mm³, "
+                f"{number}/{total}  {result.case}: {counted(result.lesions, 'lesion')}, {result.load_mm3:g} mm³, "
                 f"{result.seconds:.1f} s"
             )
 
@@ -230,7 +230,8 @@ def predict(
     if failures:
         others = f" The other masks are in {out}." if predictions else ""
         total = len(failures) + len(predictions)
-        raise ValueError(f"{len(failures)} of {total} cases have no mask: {', '.join(failures)}.{others}")
+        have = "has" if len(failures) == 1 else "have"
+        raise ValueError(f"{len(failures)} of {counted(total, 'case')} {have} no mask: {', '.join(failures)}.{others}")
     typer.echo(f"The masks are in {out}, with predictions.csv.")
 
 
@@ -251,6 +252,8 @@ def evaluate(
     from rsanet.segment import files, metrics
     from rsanet.segment.data import is_simulated
 
+    if csv and json and csv.resolve() == json.resolve():
+        raise typer.BadParameter(f"{csv} is the file of --csv, too.", param_hint="--json")
     for path in filter(None, (csv, json)):
         files.check_writable(path)
     chosen = metrics.choose_protocol(protocol, connectivity=connectivity, overlap=overlap, minimum_mm3=minimum_mm3)
@@ -265,7 +268,9 @@ def evaluate(
         metrics.write_json(evaluation, json)
         typer.echo(f"Protocol, means and cases are in {json}.")
     if evaluation.failures:
-        raise ValueError(f"{len(evaluation.failures)} cases could not be compared: see the end of the table.")
+        names, reasons = ", ".join(evaluation.failures), list(evaluation.failures.values())
+        why = reasons[0] if len(reasons) == 1 else f"{names}; the reasons are at the end of the table."
+        raise ValueError(f"{counted(len(reasons), 'case')} could not be compared: {why}")
 
 
 @app.command(cls=Command)
@@ -300,6 +305,11 @@ def doctor() -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: ``1 lesion``, ``2 lesions``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def is_ours(error: BaseException) -> bool:

@@ -27,8 +27,19 @@ def written_beside(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        # A full disk names no file, and another error names the temporary one.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text."""
+    with written_beside(path) as partial:
+        partial.write_text(text)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -178,6 +178,12 @@ def label_lesions(mask: Array, connectivity: int = 26) -> tuple[Array, int]:
     return labels, int(count)
 
 
+def dice(one: Any, other: Any) -> float:
+    """Dice of two boolean arrays or tensors; 1 where both are empty."""
+    total = int(one.sum() + other.sum())
+    return 2 * int((one & other).sum()) / total if total else 1.0
+
+
 def evaluate_case(
     pred: Array,
     ref: Array,
@@ -210,7 +216,7 @@ def evaluate_case(
     lfpr = _ratio(lesions["false_lesions"], lesions["predicted_lesions"])
     return CaseMetrics(
         subject=subject,
-        dice=2 * both / (predicted + reference) if predicted + reference else 1.0,
+        dice=dice(pred, ref),
         ppv=_ratio(both, predicted),
         tpr=_ratio(both, reference),
         reference_mm3=reference * voxel_mm3,
@@ -423,8 +429,7 @@ def write_json(evaluation: Evaluation, path: str | os.PathLike) -> None:
         "cases": [_without_nan(asdict(case)) for case in evaluation.cases],
         "failures": evaluation.failures,
     }
-    with files.written_beside(Path(path)) as partial:
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    files.write_text(Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _without_nan(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,9 @@ import torch
 from scipy import ndimage, special
 from torch.nn import functional as F
 
+from rsanet.segment import files
+from rsanet.segment.recipe import triple
+
 Array = np.ndarray
 
 FIELD_OF_VIEW = np.array([176.0, 208.0, 176.0])  # mm; holds the largest warped brain with a margin
@@ -625,7 +628,7 @@ def simulate_cohort(
 
     Args:
         out: folder of the cohort; new, empty, or begun with the same settings.
-        subjects: number of patients.
+        subjects: number of patients, up to 999.
         spacing: voxel size in mm, one number or three (x, y, z), each from 0.5 to 8.
         seed: seed of the cohort.
         settings: everything else; its ``spacing`` is replaced by the argument.
@@ -638,21 +641,20 @@ def simulate_cohort(
         ValueError: an argument is out of range, or ``out`` holds something else.
         RuntimeError: nilearn is not installed.
     """
-    if subjects < 1:
-        raise ValueError(f"subjects is {subjects}: ask for at least 1.")
+    if not 1 <= subjects <= 999:
+        raise ValueError(f"subjects is {subjects}: ask for 1 to 999, which have names of three digits.")
     if seed < 0:
         raise ValueError(f"seed is {seed}: give a whole number of 0 or more.")
-    base = asdict(settings or Settings()) | {"spacing": _three(spacing)}
+    base = asdict(settings or Settings()) | {"spacing": _voxel_size(spacing)}
     settings = Settings(**base | {"kinds": (settings or Settings()).kinds})
     out = Path(out)
     description = _description(seed, settings)
     _check_folder(out, description)
     anatomy = load_anatomy()  # before anything is written: nilearn may be missing
     _begin(out, description)
-    width = max(3, len(str(subjects)))
     cohort: list[Subject] = []
     for number in range(1, subjects + 1):
-        name = f"sub-{number:0{width}d}"
+        name = f"sub-{number:03d}"
         if not (out / name).exists():
             _write_subject(out, name, simulate_patient(subject_seed(seed, number), settings, anatomy), seed)
         cohort.append(_read_subject(out, name))
@@ -662,12 +664,11 @@ def simulate_cohort(
     return cohort
 
 
-def _three(spacing: float | Sequence[float]) -> tuple[float, float, float]:
-    values = np.atleast_1d(np.asarray(spacing, dtype=float))
-    values = np.repeat(values, 3) if values.size == 1 else values
-    if values.size != 3 or not ((values >= 0.5) & (values <= 8)).all():
+def _voxel_size(spacing: float | Sequence[float]) -> tuple[float, float, float]:
+    size = triple(np.atleast_1d(np.asarray(spacing, dtype=float)).tolist(), "spacing")
+    if not all(0.5 <= width <= 8 for width in size):
         raise ValueError(f"spacing is {spacing}: give one voxel size or three, in mm, each from 0.5 to 8.")
-    return tuple(float(value) for value in values)
+    return size
 
 
 def _version() -> str:
@@ -722,11 +723,11 @@ def _begin(out: Path, description: dict[str, Any]) -> None:
     """Write what belongs to the cohort and not to a subject; the description comes first, for it marks the folder."""
     lesions = out / "derivatives" / "lesions"
     out.mkdir(parents=True, exist_ok=True)
-    _write_text(out / "dataset_description.json", _json(description))
+    files.write_text(out / "dataset_description.json", _json(description))
     lesions.mkdir(parents=True, exist_ok=True)
-    _write_text(out / "README", README)
+    files.write_text(out / "README", README)
     masks = description | {"Name": "Lesion masks: " + COHORT_NAME.lower(), "DatasetType": "derivative"}
-    _write_text(lesions / "dataset_description.json", _json(masks))
+    files.write_text(lesions / "dataset_description.json", _json(masks))
 
 
 def _mask_file(out: Path, name: str) -> Path:
@@ -791,14 +792,8 @@ def _write_participants(out: Path) -> None:
     for folder in sorted(out.glob("sub-*")):
         subject = _read_subject(out, folder.name)
         rows.append(f"{subject.participant_id}\t{subject.seed}\t{subject.lesion_count}\t{subject.lesion_load_mm3:g}")
-    _write_text(out / "participants.tsv", "\n".join(rows) + "\n")
+    files.write_text(out / "participants.tsv", "\n".join(rows) + "\n")
 
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
-
-
-def _write_text(file: Path, text: str) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(text)
-    os.replace(beside, file)

@@ -32,7 +32,8 @@ from rsanet.segment.environment import (
     pick_device,
     pick_precision,
 )
-from rsanet.segment.files import write_csv, written_beside
+from rsanet.segment.files import write_csv, write_text
+from rsanet.segment.metrics import dice
 from rsanet.segment.predict import MODEL_NAME, lesion_probability
 from rsanet.segment.recipe import Recipe
 
@@ -60,12 +61,6 @@ def learning_rate_factor(step: int, steps: int) -> float:
     if step < warm_up:
         return (step + 1) / warm_up
     return max(0.0, 1 - (step - warm_up) / max(1, steps - warm_up)) ** 0.9
-
-
-def dice(prediction: Tensor, mask: Tensor) -> float:
-    """Dice of two binary volumes; 1 where both are empty."""
-    total = int(prediction.sum() + mask.sum())
-    return 2 * int((prediction & mask).sum()) / total if total else 1.0
 
 
 class LesionSegmentation(pl.LightningModule):
@@ -239,7 +234,8 @@ def train(data: str | Path, run: str | Path, recipe: Recipe, contrasts: Sequence
     backend = attention_backend(network, recipe.patch, device, precision)
     run.mkdir(parents=True, exist_ok=True)
     print(
-        f"Training on {len(training)} cases ({', '.join(contrasts)}), {len(held_out)} held out: "
+        f"Training on {len(training)} case{'s' if len(training) > 1 else ''} ({', '.join(contrasts)}), "
+        f"{len(held_out)} held out: "
         f"{describe_device(device)}, attention backend {backend}, precision {precision}, "
         f"patch {'×'.join(map(str, recipe.patch))}, batch {recipe.batch}, seed {recipe.seed}.",
         flush=True,
@@ -254,8 +250,7 @@ def train(data: str | Path, run: str | Path, recipe: Recipe, contrasts: Sequence
         "training": [case.id for case in training],
         "held_out": [case.id for case in held_out],
     }
-    with written_beside(run / "config.json") as partial:
-        partial.write_text(json.dumps(config, indent=2) + "\n")
+    write_text(run / "config.json", json.dumps(config, indent=2) + "\n")
     extra = {"contrasts": contrasts, "roi": list(recipe.patch), "spacing": recipe.spacing}
     record = RunRecord(run, recipe, extra)
     trainer = pl.Trainer(

@@ -379,3 +379,44 @@ def test_a_cut_mask_stops_the_picture_with_a_sentence(cohort, tmp_path, phantoms
     assert is_one_sentence(err)
     assert f"{mask} cannot be read" in err
     assert not (tmp_path / "r.png").exists()
+
+
+def test_a_single_bad_comparison_is_told_with_its_reason(cohort, tmp_path, phantoms, rsanet):
+    for name in ("sub-001", "sub-002", "sub-003"):
+        shutil.copy(phantoms.mask_path(cohort, name), tmp_path / f"{name}.nii.gz")
+    code, _, err = rsanet("evaluate", tmp_path, cohort)
+    assert code == 1
+    assert err.startswith("rsanet: 1 case could not be compared: sub-004 has a reference but no prediction in ")
+    (tmp_path / "sub-003.nii.gz").unlink()
+    _, _, err = rsanet("evaluate", tmp_path, cohort)
+    assert err.startswith("rsanet: 2 cases could not be compared: sub-003, sub-004; ")
+
+
+def test_two_tables_do_not_share_a_file(cohort, tmp_path, rsanet):
+    scores = tmp_path / "scores"
+    code, _, err = rsanet(
+        "evaluate", cohort, cohort, "--csv", scores, "--json", tmp_path / ".." / tmp_path.name / "scores"
+    )
+    assert code == 2
+    assert "--csv" in err
+    assert not scores.exists()
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "0 lesions"), (1, "1 lesion"), (2, "2 lesions")])
+def test_numbers_agree_with_their_nouns(number, words):
+    assert cli.counted(number, "lesion") == words
+
+
+def test_a_full_disk_is_told_with_the_file(trained, cohort, phantoms, tmp_path, rsanet, monkeypatch):
+    def disk_full(image, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nib, "save", disk_full)
+    code, _, err = rsanet("predict", trained, "-i", *images_of(cohort, phantoms), "-o", tmp_path / "m.nii.gz")
+    assert (code, err) == (1, f"rsanet: {tmp_path / 'm.nii.gz'}: no space left on device.\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_system_without_a_file_is_no_surprise():
+    assert cli.explain(OSError(28, "No space left on device")) == "No space left on device."

@@ -350,3 +350,10 @@ def test_unlabelled_blobs_are_not_painted():
         with_tiny.images["FLAIR"],
         simulate_patient(5, dataclasses.replace(settings, kinds=none)).images["FLAIR"],
     )
+
+
+@pytest.mark.parametrize("subjects", [0, 1000])
+def test_names_of_patients_have_three_digits_in_every_cohort(subjects, tmp_path):
+    with pytest.raises(ValueError, match=f"subjects is {subjects}: ask for 1 to 999"):
+        simulate_cohort(tmp_path / "cohort", subjects, spacing=4)
+    assert not (tmp_path / "cohort").exists()
