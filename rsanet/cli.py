@@ -54,7 +54,7 @@ def stoppable() -> Iterator[None]:
     before = {}
     try:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
+            if signal.getsignal(signum) not in (signal.SIG_IGN, None):  # ignored, as in a shell's background
                 before[signum] = signal.signal(signum, stop)
         yield
     finally:
@@ -351,6 +351,8 @@ def main(args: list[str] | None = None) -> None:
         interrupted = stopped.signum == signal.SIGINT
         typer.echo(f"rsanet: {'interrupted' if interrupted else 'terminated'}.{stopped.left}", err=True)
         status = 128 + stopped.signum
+    except SystemExit as error:
+        status = error.code or 1  # whatever ends the command on its own has not done what was asked
     except UsageError as error:
         error.show()
         status = error.exit_code

@@ -359,6 +359,11 @@ def test_an_end_of_file_is_an_error_like_another(monkeypatch, rsanet):
     assert "Aborted" not in err
 
 
+def test_an_exit_that_a_library_makes_is_no_success(monkeypatch, rsanet):
+    monkeypatch.setattr("rsanet.segment.environment.describe_environment", sys.exit)
+    assert rsanet("doctor")[0] == 1
+
+
 def test_a_stopped_process_has_the_status_of_its_signal():
     code = (
         "import os, signal, rsanet.cli as cli\n"

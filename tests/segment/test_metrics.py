@@ -244,3 +244,17 @@ def test_isbi_score_is_the_weighted_sum_of_its_parts():
     correlation = np.corrcoef([8, 8, 36], [8, 8, 45])[0, 1]
     assert means["isbi_score"] == pytest.approx(dice / 8 + ppv / 8 + 1 / 4 + 1 / 4 + correlation / 4)
     assert math.isnan(metrics.Evaluation(protocol, cases[:2], {}).means()["isbi_score"])
+
+
+def test_mask_files_may_store_any_one_number_and_no_more(tmp_path):
+    paths = {}
+    for name, voxels in (
+        ("one", volume(CUBE)),
+        ("many", volume(CUBE) * 255),
+        ("labels", volume(CUBE) + volume(FAR) * 2),
+    ):
+        paths[name] = tmp_path / f"{name}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(voxels.astype(np.uint8), np.eye(4)), paths[name])
+    assert evaluate_paths(paths["many"], paths["one"]).cases[0].dice == 1
+    (reason,) = evaluate_paths(paths["labels"], paths["one"]).failures.values()
+    assert reason.startswith(f"{paths['labels']} is not a binary mask: besides 0 it has 1, 2; ")
