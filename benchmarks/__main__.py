@@ -5,9 +5,10 @@ Providers are timed in turn within one run; a wrong one is never timed. Rows go 
 
 import argparse
 import csv
+import ctypes
 import datetime
+import gc
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv3d
 
+from benchmarks.published import published
 from rsa_kernels import available_backends, recurrent_slice_attention
 
 CASES = {
@@ -36,19 +37,6 @@ COLUMNS = (
     *("device", "threads", "torch", "commit", "date", "case", "shape", "dtype", "format", "mode", "provider"),
     *("median_ms", "min_ms", "max_ms", "peak_extra_mib", "error"),
 )
-
-
-def published(x: Tensor, *tensors: Tensor) -> Tensor:
-    """The published equations in eager PyTorch: three convolutions, three rearranged copies, two products a step."""
-    *parameters, betas = tensors
-    weights, biases = parameters[::2], parameters[1::2]
-    for beta, axis in zip(betas.unbind(), (3, 4, 2), strict=True):
-        volumes = [conv3d(x, w[:, :, None, None, None], b) for w, b in zip(weights, biases, strict=True)]
-        rows = [volume.transpose(1, axis).contiguous().flatten(2) for volume in volumes]
-        attention = torch.softmax(torch.bmm(rows[0], rows[1].transpose(1, 2)), -1)
-        mixed = torch.bmm(attention, rows[2]).view(volumes[2].transpose(1, axis).shape)
-        x = x + beta * mixed.transpose(1, axis)
-    return x
 
 
 def providers() -> dict[str, Callable[..., Tensor]]:
@@ -87,41 +75,31 @@ def worst_error(results: list[Tensor], truths: list[Tensor]) -> float:
     return max(error for index, error in enumerate(errors) if index != 5)
 
 
-def peak_extra_mib(case: str, provider: str, memory_format: str, mode: str) -> float:
-    """The high-water mark of resident memory above its level before the pass, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks", "--peak", case, provider, memory_format, mode]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+def peak_extra_mib(case: str, provider: str, memory_format: str) -> dict[str, float]:
+    """Per mode, the high-water mark of resident memory above its level before the pass, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks", "--peak", case, provider, memory_format]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return dict(zip(MODES, map(float, printed), strict=True))
 
 
-def _measure_peak(case: str, provider: str, memory_format: str, mode: str) -> None:
+def _measure_peak(case: str, provider: str, memory_format: str) -> None:
     block = providers()[provider]
     tensors = inputs(CASES[case], FORMATS[memory_format])
     upstream = torch.ones_like(tensors[0])
-    # A small volume first: libraries, thread pools and (for the compiler) the build are not the pass's memory.
-    warm_up = CASES[case] if provider == "torch.compile" else (1, CASES[case][1], 4, 5, 3)
-    warm = inputs(warm_up, FORMATS[memory_format])
-    run(block, warm, torch.ones_like(warm[0]), mode)
-    if provider == "torch.compile":
-        # The mark cannot be reset everywhere; where it can, this forgets the warm-up.
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_mib()
-    run(block, tensors, upstream, mode)
-    print(_high_water_mib() - before)
+    for mode in MODES:
+        # Once before: libraries, thread pools and the compiler's work are not the pass's memory.
+        run(block, tensors, upstream, mode)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the mark
+        before = _status_mib("VmRSS")
+        run(block, tensors, upstream, mode)
+        print(_status_mib("VmHWM") - before)
 
 
 def _status_mib(field: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
-
-
-def _resident_mib() -> float:
-    return _status_mib("VmRSS") if sys.platform == "linux" else _high_water_mib()
-
-
-def _high_water_mib() -> float:
-    if sys.platform == "linux":
-        return _status_mib("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(case: str, memory_format: str, repeats: int) -> list[dict]:
@@ -131,6 +109,8 @@ def measure(case: str, memory_format: str, repeats: int) -> list[dict]:
     tensors = inputs(shape, FORMATS[memory_format])
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     rows = []
+    # What the kernel tells of a process's memory it tells on Linux.
+    peaks = {name: peak_extra_mib(case, name, memory_format) for name in providers()} if sys.platform == "linux" else {}
     for mode in MODES:
         truths = run(published, [tensor.double() for tensor in tensors], upstream.double(), mode)
         blocks = providers()
@@ -156,7 +136,7 @@ def measure(case: str, memory_format: str, repeats: int) -> list[dict]:
                     "median_ms": round(1e3 * statistics.median(seconds), 2),
                     "min_ms": round(1e3 * min(seconds), 2),
                     "max_ms": round(1e3 * max(seconds), 2),
-                    "peak_extra_mib": round(peak_extra_mib(case, name, memory_format, mode), 1),
+                    "peak_extra_mib": round(peaks[name][mode], 1) if peaks else "",
                     "error": f"{errors[name]:.1e}",
                 }
             )
@@ -164,7 +144,7 @@ def measure(case: str, memory_format: str, repeats: int) -> list[dict]:
             row = rows[-1]
             print(
                 f"{case:11s} {memory_format:16s} {mode:8s} {name:14s} {row['median_ms']:9.1f} ms, {eager:.2f} x eager, "
-                f"{row['peak_extra_mib']:7.0f} MiB, error {row['error']}",
+                f"{row['peak_extra_mib']:>7} MiB, error {row['error']}",
                 flush=True,
             )
     return rows
@@ -184,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"only the cases {' and '.join(QUICK)}")
     parser.add_argument("--repeats", type=int, default=9, help="passes of each provider (default: 9)")
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         _measure_peak(*arguments.peak)

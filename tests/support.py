@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import conv3d
 
 from rsa_kernels import available_backends
 
@@ -51,20 +50,6 @@ def random_block(channels, steps=3, seed=0, gain=0.6):
 
 def random_volume(shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def published(x, theta_weight, theta_bias, phi_weight, phi_bias, g_weight, g_bias, betas, axes=(3, 4, 2), scale=1.0):
-    """The block as a user would write it in eager PyTorch: every product in the precision of ``x``."""
-    weights = [weight.reshape(*weight.shape[:2], 1, 1, 1) for weight in (theta_weight, phi_weight, g_weight)]
-    for beta, axis in zip(betas, axes, strict=True):
-        volumes = [
-            conv3d(x, weight, bias) for weight, bias in zip(weights, (theta_bias, phi_bias, g_bias), strict=True)
-        ]
-        query, key, value = (volume.transpose(1, axis).flatten(2) for volume in volumes)
-        attention = torch.softmax(scale * torch.bmm(query, key.transpose(1, 2)), -1)
-        attended = torch.bmm(attention, value).view(volumes[2].transpose(1, axis).shape).transpose(1, axis)
-        x = x + beta * attended
-    return x
 
 
 def with_gradients(function, tensors, upstream):

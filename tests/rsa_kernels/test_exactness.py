@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from support import (
     BACKENDS,
     FORMATS,
-    published,
     random_block,
     random_volume,
     relative_error,
     with_gradients,
 )
 
+from benchmarks.published import published
 from rsa_kernels import folded, recurrent_slice_attention, slice_attention
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support import BACKENDS, published, random_block, random_volume
+from support import BACKENDS, random_block, random_volume
 
+from benchmarks.published import published
 from rsa_kernels import folded, recurrent_slice_attention, slice_attention
 
 SHAPE = (2, 16, 8, 10, 9)
