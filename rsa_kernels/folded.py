@@ -236,7 +236,7 @@ def _unpack(tile: Tensor, view: Tensor, values: Tensor | None = None) -> None:
 
 
 class Folded(NamedTuple):
-    """What a step needs of the weights, in the accumulation dtype: made once per block."""
+    """What a step needs of the weights, or their gradients, in the accumulation dtype: made once per block."""
 
     m: Tensor
     u: Tensor
@@ -301,15 +301,6 @@ def _softmax_backward(attention: Tensor, grad: Tensor) -> Tensor:
     return weighted - attention * weighted.sum(-1, keepdim=True)
 
 
-class StepGradients(NamedTuple):
-    """Sums over the steps of a block."""
-
-    m: Tensor
-    u: Tensor
-    g_weight: Tensor
-    g_bias: Tensor
-
-
 def _step_backward(
     grad: Tensor,
     x: Tensor,
@@ -317,28 +308,29 @@ def _step_backward(
     axis: int,
     beta: Tensor,
     folded: Folded,
-    totals: StepGradients,
+    totals: Folded,
     grad_x: Tensor | None,
     need_folded: bool,
     need_value: bool,
 ) -> Tensor:
-    """Backward of one step: adds to ``totals``, fills ``grad_x`` (which may be ``grad`` itself), returns d beta.
+    """Backward of one step.
 
-    With ``R = Wv^T G`` and ``D_ij = <R_i, X_j>`` from the first pass, and ``dL`` from them, the second pass makes
+    Adds the weights' gradients to ``totals``, fills ``grad_x`` (which may be ``grad`` itself), returns beta's. With
+    ``R = Wv^T G`` and ``D_ij = <R_i, X_j>`` from the first pass, and ``dL`` from them, the second pass makes
 
         narrow  dX = G + beta Wv^T (A^T G) + M (dL X) + M^T (dL^T X) + u c      4 mixes, 6 products of C x C
-        wide    dX = G + A^T (beta R)      + M (dL X) + dL^T (M^T X + u)        5 mixes, 5 products, keeps R
-
+        wide    dX = G + A^T (beta R)      + M (dL X) + dL^T (M^T X) + u c      5 mixes, 5 products, keeps R
     """
     channels, slices = x.shape[1], x.shape[axis]
     wide = channels > 2 * slices and grad_x is not None
     walk = Walk.of(x, axis)
     layout = walk.layout
-    to_value, from_value = folded.g_weight, folded.g_weight.T
+    from_value = folded.g_weight.T
+    scaled_from_value = beta * from_value
     kept = [torch.empty_like(x, dtype=beta.dtype)] if wide else []
     grad_sum = torch.zeros_like(folded.u)
     contracted = torch.zeros_like(attention)
-    value_weight = torch.zeros_like(to_value)
+    value_weight = torch.zeros_like(from_value)
     for samples, (view, grad_view, *kept_view), (tile, grad_tile, work) in walk.tiles(x, grad, *kept, buffers=3):
         _pack(view, tile)
         _pack(grad_view, grad_tile)
@@ -367,7 +359,7 @@ def _step_backward(
             if need_value:
                 layout.correlate(work, tile, value_weight)
             if grad_x is not None:
-                layout.project(beta * from_value, work, total, add=True)
+                layout.project(scaled_from_value, work, total, add=True)
         layout.mix(grad_logits[samples], tile, work)
         if need_folded:
             layout.correlate(tile, work, totals.m)
@@ -410,7 +402,7 @@ def recurrent_slice_attention_backward(
         inputs.append(restored)
 
     need_folded = needs.theta_weight or needs.theta_bias or needs.phi_weight
-    totals = StepGradients(*(torch.zeros_like(part) for part in folded))
+    totals = Folded(*(torch.zeros_like(part) for part in folded))
     grad_betas = torch.zeros_like(precise_betas)
     grad_x = None
     for step in reversed(range(len(axes))):

@@ -134,6 +134,21 @@ def test_any_block(sizes, axes, order, recompute, backend):
         assert (result - truth).abs().max() <= 1e-9 * (1 + truth.abs().max())
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=5, max_size=5),
+    axes=st.lists(st.sampled_from([2, 3, 4]), min_size=1, max_size=3),
+    memory_format=st.sampled_from(FORMATS),
+    dtype=st.sampled_from(list(FLOORS)),
+)
+def test_any_block_in_any_dtype(sizes, axes, memory_format, dtype, backend):
+    tensors = [tensor.to(dtype) for tensor in (random_volume(sizes), *random_block(sizes[1], len(axes)))]
+    truth = published(*(tensor.double() for tensor in tensors), axes=axes)
+    budget = 2 * relative_error(published(*tensors, axes=axes), truth) + FLOORS[dtype]
+    x = tensors[0].contiguous(memory_format=memory_format)
+    assert relative_error(recurrent_slice_attention(x, *tensors[1:], axes, backend=backend), truth) <= budget
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=5, max_size=5),
