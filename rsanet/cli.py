@@ -7,6 +7,7 @@ Nothing heavy is imported here: torch, monai and the rest load inside the comman
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,8 +49,12 @@ def stoppable() -> Iterator[None]:
     process = os.getpid()
 
     def stop(signum: int, frame: Any) -> None:
-        if os.getpid() == process:  # a forked worker is ended by its parent
-            raise Stopped(signum)
+        if os.getpid() != process:
+            return  # a forked worker is ended by its parent
+        if any(caller.f_code.co_name == "__del__" for caller, _ in traceback.walk_stack(frame)):
+            threading.Timer(0.1, os.kill, (process, signum)).start()  # what a destructor raises is dropped
+            return
+        raise Stopped(signum)
 
     before = {}
     try:
@@ -177,10 +182,11 @@ def train(
 
     try:
         model = train(data, out, recipe, contrasts)
-    except Stopped as stopped:
+    except (Stopped, SystemExit) as end:
+        stopped = end if isinstance(end, Stopped) else Stopped(signal.SIGTERM)  # Lightning was first
         kept = out / MODEL_NAME
         stopped.left = f" {kept} has the weights saved last." if kept.is_file() else f" {out} has no weights yet."
-        raise
+        raise stopped from None
     typer.echo(f"The model is {model}.")
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import nibabel as nib
 import numpy as np
@@ -357,6 +358,29 @@ def test_an_end_of_file_is_an_error_like_another(monkeypatch, rsanet):
     assert is_one_sentence(err.lstrip())
     assert "EOFError" in err
     assert "Aborted" not in err
+
+
+@pytest.mark.parametrize("signum", [2, 15])
+def test_a_signal_in_a_destructor_is_not_lost(monkeypatch, rsanet, signum):
+    class Loader:
+        def __del__(self):
+            signal.raise_signal(signum)
+
+    def describe():
+        Loader()
+        time.sleep(5)
+
+    monkeypatch.setattr("rsanet.segment.environment.describe_environment", describe)
+    code, _, err = rsanet("doctor")
+    assert code == 128 + signum
+    assert is_one_sentence(err)
+
+
+def test_an_exit_of_lightning_after_sigterm_is_one_of_ours(monkeypatch, rsanet, tmp_path):
+    monkeypatch.setattr("rsanet.segment.train.train", lambda *args: sys.exit())
+    code, _, err = rsanet("train", "data", "-o", tmp_path / "run")
+    assert code == 143
+    assert "has no weights yet" in err
 
 
 def test_an_exit_that_a_library_makes_is_no_success(monkeypatch, rsanet):
