@@ -1,7 +1,9 @@
 """The benchmark measures what is right, and nothing else."""
 
 import csv
+import sys
 
+import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
@@ -25,6 +27,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
     assert capsys.readouterr().out.count("not timed, because wrong: wrong on small") == len(benchmarks.MODES)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's own peak memory")
 def test_the_peak_of_a_pass_counts_its_volumes(monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "CASES", {"one": (1, 8, 64, 64, 64)})
     benchmarks._measure_peak("one", "eager", "contiguous")
