@@ -8,16 +8,23 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module, metadata
 from types import ModuleType
 
+import torch
 from torch import Tensor
-
-from rsa_kernels import folded, reference
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
+OLDEST_TRITON = (3, 6)
 
-_MODULES: dict[str, ModuleType] = {"torch": folded, "reference": reference}
+# In order of preference. A module is imported when it is first needed.
+_MODULES = {
+    "triton": "rsa_kernels.triton.block",
+    "torch": "rsa_kernels.folded",
+    "reference": "rsa_kernels.reference",
+}
 
 # Plain values of the process, not of a thread: the compiler can then guard on them, and backward passes, which run on
 # threads of their own, need not look. Each choice is a list of one name, so that it can be told from its equals.
@@ -31,7 +38,57 @@ def available_backends() -> dict[str, str | None]:
     Returns:
         Name to ``None`` where the backend is usable on this machine, else to the reason in a sentence.
     """
-    return dict.fromkeys(_MODULES)
+    return {name: triton_is_missing() if name == "triton" else None for name in _MODULES}
+
+
+def module(name: str) -> ModuleType:
+    """The module of a backend."""
+    return import_module(_MODULES[name])
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, on CPU tensors: for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@lru_cache(maxsize=1)
+def _triton_version() -> str | None:
+    for package in ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def triton_is_missing() -> str | None:
+    """Why Triton cannot run on this machine, in a sentence; None if it can."""
+    version = _triton_version()
+    wanted = ".".join(map(str, OLDEST_TRITON))
+    if version is None:
+        return f"needs Triton {wanted} or later, which is not installed: pip install triton"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"needs Triton {wanted} or later, but {version} is installed: upgrade torch, which pins it"
+    if not interpreted() and not torch.cuda.is_available():
+        return "needs a GPU, and torch finds none: use the torch backend here"
+    return None
+
+
+def cannot_run(name: str, x: Tensor) -> str | None:
+    """Why a backend cannot run a volume, in a sentence; None if it can."""
+    if name != "triton":
+        return None
+    reason = triton_is_missing()
+    if reason or interpreted():
+        return reason
+    if not x.is_cuda:
+        return f"runs tensors on a GPU, and this one is on {x.device}: move it, or use the torch backend"
+    if not torch.version.hip:
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < (8, 0):
+            found = ".".join(map(str, capability))
+            return f"needs compute capability 8.0 or later, and this GPU has {found}: use the torch backend"
+    return None
 
 
 def known(name: object, source: str = "backend") -> str:
@@ -76,10 +133,16 @@ def requested(argument: str | None) -> str:
 
 
 def load(name: str, x: Tensor, axes: Sequence[int] = ()) -> ModuleType:
-    """The module that runs ``x``: the one that was asked for, or the one that is best for these axes of a block."""
+    """The module that runs ``x``: the one that was asked for, or the one that is best for these axes of a block.
+
+    Raises:
+        RuntimeError: if the one that was asked for cannot run ``x``.
+    """
     if name == AUTO:
-        name = choose(x, axes).backend if axes else next(iter(_MODULES))
-    return _MODULES[name]
+        return module(choose(x, axes).backend)
+    if reason := cannot_run(name, x):
+        raise RuntimeError(f"backend {name!r} was asked for, but it {reason}")
+    return module(name)
 
 
 @dataclass(frozen=True)
@@ -94,12 +157,16 @@ class Explanation:
         return "\n".join(lines + [f"{name}: {reason}" for name, reason in self.others.items()])
 
 
-def choose(x: Tensor, axes: Sequence[int | str]) -> Explanation:
-    """The backend for a volume, by rules that the benchmarks justify."""
+def choose(x: Tensor, axes: Sequence[int]) -> Explanation:
+    """The backend for a volume, by rules that the benchmarks justify; without axes, for attention alone."""
     channels, voxels = x.shape[1], x.numel() // x.shape[1]
-    if voxels * len(axes) < channels:
-        return Explanation(
-            "reference",
-            {"torch": f"folding the weights of {channels} channels costs more than it saves on {voxels} voxels"},
-        )
-    return Explanation("torch", {"reference": "makes three projections and three rearranged copies a step"})
+    others = {"reference": "makes three projections and three rearranged copies a step"}
+    reason = cannot_run("triton", x)
+    if reason is None and interpreted():
+        reason = "is interpreted here, which is for tests: unset TRITON_INTERPRET"
+    if axes and voxels * len(axes) < channels:
+        waste = f"folding the weights of {channels} channels costs more than it saves on {voxels} voxels"
+        return Explanation("reference", {"triton": reason or waste, "torch": waste})
+    if reason is None:
+        return Explanation("triton", {"torch": "makes several passes where fused kernels make one", **others})
+    return Explanation("torch", {"triton": reason, **others})

@@ -294,7 +294,7 @@ def recurrent_slice_attention(
         _mix(out, attention, axis, betas[step], folded, target)
         maps.append(attention)
         if keep_inputs and step:
-            inputs.append(out)
+            inputs.append(out.as_strided((out.numel(),), (1,)))
         out = target
     return out, maps, inputs
 
@@ -398,7 +398,8 @@ def recurrent_slice_attention_backward(
     dtype = accumulation_dtype(x.dtype)
     folded = Folded.of(weights, scale, dtype)
     precise_betas = betas.to(dtype)
-    inputs = [x, *inputs]
+    strides = torch.empty_like(x, device="meta").stride()
+    inputs = [x, *(flat.as_strided(x.shape, strides) for flat in inputs)]
     for step in range(len(inputs) - 1, len(axes) - 1):
         restored = torch.empty_like(x)
         _mix(inputs[-1], maps[step], axes[step], precise_betas[step], folded, restored)

@@ -8,7 +8,8 @@ The contract of a backend module:
     recurrent_slice_attention(x, weights, betas, axes, scale, keep_inputs) -> out, maps, inputs
         ``x`` ``(N, C, D, H, W)``; ``weights`` a :class:`~rsa_kernels.folding.Projections`; ``betas`` ``(len(axes),)``.
         ``out`` has ``x``'s dtype and memory format; ``maps`` is one ``(N, S, S)`` per axis, float32 (float64 for
-        float64); ``inputs`` holds what steps 2, 3, ... read if ``keep_inputs``, else nothing.
+        float64); ``inputs`` holds what steps 2, 3, ... read if ``keep_inputs``, else nothing: one tensor of ``x``'s
+        dtype and number of elements each, ``(x.numel(),)``, in the order that the backend likes: it alone reads them.
     recurrent_slice_attention_backward(grad, x, inputs, maps, weights, betas, axes, scale, needs) -> Gradients
         ``grad`` may have any strides and must not be written to; missing ``inputs`` are made again from the maps.
     slice_attention(query, key, value, axis, scale) -> out, map
@@ -56,8 +57,11 @@ attention_backward = torch.ops.rsa_kernels.attention_backward.default
 
 def _conform(result: Tensor, like: Tensor) -> Tensor:
     """Gives a result the dtype and strides of ``torch.empty_like(like)``, which the fake kernels promise."""
-    if result.dtype == like.dtype and result.stride() == torch.empty_like(like, device="meta").stride():
-        return result
+    if result.dtype == like.dtype:
+        strides = result.stride()
+        # The first comparison is the cheap one: a dense tensor's strides are those of empty_like.
+        if strides == like.stride() or strides == torch.empty_like(like, device="meta").stride():
+            return result
     return torch.empty_like(like).copy_(result)
 
 
@@ -65,7 +69,7 @@ def _block(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     *tensors, betas, axes, scale, keep_inputs, backend = args
     kernels = backends.load(backend, x, axes)
     out, maps, inputs = kernels.recurrent_slice_attention(x, Projections(*tensors), betas, axes, scale, keep_inputs)
-    return _conform(out, x), maps, [_conform(inner, x) for inner in inputs]
+    return _conform(out, x), maps, inputs
 
 
 def _block_backward(grad: Tensor, x: Tensor, inputs: list[Tensor], maps: list[Tensor], *args: Any) -> list[Tensor]:
@@ -122,7 +126,7 @@ def _fake_map(x: Tensor, axis: int) -> Tensor:
 
 def _fake_block(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     *_, axes, _scale, keep_inputs, _backend = args
-    inputs = [torch.empty_like(x) for _ in axes[1:]] if keep_inputs else []
+    inputs = [x.new_empty((x.numel(),)) for _ in axes[1:]] if keep_inputs else []
     return torch.empty_like(x), [_fake_map(x, axis) for axis in axes], inputs
 
 

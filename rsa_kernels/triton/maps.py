@@ -1,0 +1,111 @@
+"""The kernels on maps: softmax and its derivative, one program per row.
+
+A contraction over ``C * P`` terms is split over programs, and each leaves a partial map. Here the partial maps are
+summed, always in the same order, so that results repeat bitwise without an atomic. Maps that kernels exchange are
+padded with zeros to ``(N, SP, SP)``; those that leave are ``(N, S, S)``.
+
+Products read maps in the dtype of the volume. Rounding to 16 bits breaks two sums that matter when a volume's mean is
+far from zero: a row of the map sums to one, a row of the logits' gradient to zero. What rounding takes from a row is
+given back to its largest entry.
+"""
+
+import triton
+import triton.language as tl
+
+from rsa_kernels.triton.tiles import kernel
+
+
+@triton.jit
+def round_rows(matrix, columns, target):
+    """Rows ``(R, SP)`` in the dtype that ``target`` points to, with their sums kept."""
+    dtype = target.dtype.element_ty
+    if dtype == matrix.dtype:
+        return matrix
+    lost = tl.sum(matrix - matrix.to(dtype).to(matrix.dtype), 1)
+    size = tl.abs(matrix)
+    is_largest = size == tl.max(size, 1)[:, None]
+    largest = tl.min(tl.where(is_largest, columns[None, :], columns.shape[0]), 1)
+    return tl.where(columns[None, :] == largest[:, None], matrix + lost[:, None], matrix).to(dtype)
+
+
+@triton.jit
+def softmax_rows(logits, columns, inside, slices):
+    """Softmax over the first ``slices`` entries of rows ``(R, SP)``, zero elsewhere."""
+    logits = tl.where(columns[None, :] < slices, logits, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return tl.where(inside, weights / tl.sum(weights, 1)[:, None], 0.0)
+
+
+@triton.jit
+def row_of_program(slices, SP: tl.constexpr):
+    """What a program works on: sample, row, columns, which entries ``(1, SP)`` are of the map, their padded place."""
+    pid = tl.program_id(0)
+    n = (pid // SP).to(tl.int64)
+    i = pid % SP + tl.arange(0, 1)
+    j = tl.arange(0, SP)
+    return n, i, j, (i[:, None] < slices) & (j[None, :] < slices), (n * SP + i[:, None]) * SP + j[None, :]
+
+
+@triton.jit
+def sum_partial(partial, n, i, j, inside, parts, SP: tl.constexpr, NQ: tl.constexpr):
+    """Sums a row of ``parts`` padded maps in a fixed order: ``(1, SP)``."""
+    q = tl.arange(0, NQ)
+    total = tl.zeros((1, SP), partial.dtype.element_ty)
+    for first in range(0, parts, NQ):
+        index = n * parts + first + q[:, None]
+        rows = tl.load(
+            partial + (index * SP + i[None, :]) * SP + j[None, :],
+            mask=(first + q[:, None] < parts) & inside,
+            other=0.0,
+        )
+        total += tl.sum(rows, 0)[None, :]
+    return total
+
+
+@kernel("attention")
+def softmax_kernel(partial, attention, rounded, slices: tl.int32, parts: tl.int32, SP: tl.constexpr, NQ: tl.constexpr):
+    """Sums partial logits ``(N, parts, SP, SP)``, takes the softmax, writes the map ``(N, S, S)`` and a padded copy.
+
+    One program per row of the padded map.
+    """
+    n, i, j, inside, place = row_of_program(slices, SP)
+    weights = softmax_rows(sum_partial(partial, n, i, j, inside, parts, SP, NQ), j, inside, slices)
+    tl.store(attention + (n * slices + i[:, None]) * slices + j[None, :], weights, mask=inside)
+    tl.store(rounded + place, round_rows(weights, j, rounded))
+
+
+@kernel("attention")
+def round_kernel(attention, rounded, slices: tl.int32, SP: tl.constexpr):
+    """Pads maps ``(N, S, S)`` with zeros to ``(N, SP, SP)`` in the dtype of the volumes. One program per row."""
+    n, i, j, inside, place = row_of_program(slices, SP)
+    weights = tl.load(attention + (n * slices + i[:, None]) * slices + j[None, :], mask=inside, other=0.0)
+    tl.store(rounded + place, round_rows(weights, j, rounded))
+
+
+@kernel("attention", "beta")
+def softmax_backward_kernel(
+    partial,
+    attention,
+    beta,
+    rounded,
+    row_dots,
+    slices: tl.int32,
+    parts: tl.int32,
+    SP: tl.constexpr,
+    NQ: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """``dL = beta * A * (D - rowsum(A * D))`` from partial ``D``, padded and rounded; and ``rowsum(A * D)``.
+
+    One program per row. ``rounded`` ``(N, SP, SP)`` is written whole, ``row_dots`` ``(N, SP)`` too. Without ``SCALED``
+    there is no beta.
+    """
+    n, i, j, inside, place = row_of_program(slices, SP)
+    contracted = sum_partial(partial, n, i, j, inside, parts, SP, NQ)
+    weights = tl.load(attention + (n * slices + i[:, None]) * slices + j[None, :], mask=inside, other=0.0)
+    row_dot = tl.sum(weights * contracted, 1)
+    grad = weights * (contracted - row_dot[:, None])
+    if SCALED:
+        grad *= tl.load(beta).to(grad.dtype)
+    tl.store(rounded + place, round_rows(grad, j, rounded))
+    tl.store(row_dots + n * SP + i, row_dot)

@@ -1,0 +1,382 @@
+"""The kernels of the narrow regime: projections fused into the passes that contract and mix.
+
+A program walks chunks of positions, ``part, part + parts, ...``, and holds everything that a chunk does not change:
+the map, the block-diagonal weights ``(K, K)``, the sums. Of memory in multiples of ``C * V``, a step forward reads 2
+and writes 1, a step backward reads 4 and writes 1.
+
+With slices in rows, ``Q' = X M + u`` and ``Y = Z W + b`` where ``M = theta^T phi`` and ``W = Wv^T``, each repeated
+along the diagonal once per position of a tile.
+"""
+
+import triton.language as tl
+
+from rsa_kernels.triton.tiles import columns, dot, kernel, product
+
+
+@kernel("theta", "theta_bias", "phi", "g", "g_bias")
+def fold_kernel(
+    theta,
+    theta_bias,
+    phi,
+    g,
+    g_bias,
+    m,
+    w,
+    u,
+    b,
+    C: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+):
+    """The block-diagonal weights from the published ones: one program per ``T x T`` tile of ``(K, K)``.
+
+    ``m`` ``(2, K, K)`` holds M rounded to the dtype of the volumes, then what rounding took from it.
+    """
+    tiles: tl.constexpr = K // T
+    row = tl.program_id(0) // tiles * T + tl.arange(0, T)
+    column = tl.program_id(0) % tiles * T + tl.arange(0, T)
+    row_exists = row < PB * C
+    column_exists = column < PB * C
+    dtype = u.dtype.element_ty
+    folded = tl.zeros((T, T), dtype)
+    folded_bias = tl.zeros((T,), dtype)
+    for first in range(0, C, T):
+        o = first + tl.arange(0, T)
+        o_exists = o < C
+        left = tl.load(
+            theta + o[:, None] * C + row[None, :] % C, mask=o_exists[:, None] & row_exists[None, :], other=0.0
+        ).to(dtype)
+        right = tl.load(
+            phi + o[:, None] * C + column[None, :] % C, mask=o_exists[:, None] & column_exists[None, :], other=0.0
+        ).to(dtype)
+        bias = tl.load(theta_bias + o, mask=o_exists, other=0.0).to(dtype)
+        folded = dot(tl.trans(left), right, folded, "ieee")
+        folded_bias += tl.sum(right * bias[:, None], 0)
+    same_place = (row[:, None] // C == column[None, :] // C) & row_exists[:, None] & column_exists[None, :]
+    folded = tl.where(same_place, folded, 0.0)
+    value = tl.load(g + (column[None, :] % C) * C + row[:, None] % C, mask=same_place, other=0.0).to(dtype)
+    high = folded.to(m.dtype.element_ty)
+    place = row[:, None] * K + column[None, :]
+    tl.store(m + place, high)
+    tl.store(m + K * K + place, (folded - high.to(dtype)).to(m.dtype.element_ty))
+    tl.store(w + place, value.to(w.dtype.element_ty))
+    if tl.program_id(0) < tiles:
+        tl.store(u + column, tl.where(column_exists, folded_bias, 0.0))
+        tl.store(b + column, tl.load(g_bias + column % C, mask=column_exists, other=0.0).to(dtype))
+
+
+@kernel()
+def map_kernel(
+    x,
+    m,
+    u,
+    partial,
+    slices: tl.int32,
+    P2: tl.int32,
+    chunks: tl.int32,
+    parts: tl.int32,
+    vn: tl.int64,
+    vs: tl.int64,
+    v1: tl.int64,
+    v2: tl.int64,
+    C: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+    SP: tl.constexpr,
+    BI: tl.constexpr,
+    FLAT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial logits ``<X_i M + u, X_j>``, ``(N, parts, SP, SP)``: one read of ``x``, projected on the way.
+
+    A program makes ``BI`` rows of the map over its share of the chunks. With ``SPLIT`` the products' operands are kept
+    as the sum of two 16-bit numbers each (``x`` is exact as it is): logits nearly as exact as in float32.
+    """
+    blocks: tl.constexpr = SP // BI
+    block = tl.program_id(0) % blocks
+    part = tl.program_id(0) // blocks % parts
+    n = (tl.program_id(0) // blocks // parts).to(tl.int64)
+    x += n * vn * C
+    j = tl.arange(0, SP)
+    i = block * BI + tl.arange(0, BI)
+    k = tl.arange(0, K)
+    weights = tl.load(m + k[:, None] * K + k[None, :])
+    if SPLIT:
+        weights_low = tl.load(m + K * K + k[:, None] * K + k[None, :])
+    bias = tl.load(u + k)
+    logits = tl.zeros((BI, SP), partial.dtype.element_ty)
+    for chunk in range(part, chunks, parts):
+        start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
+        tile = tl.load(
+            x + start + (j[:, None] * (vs * C) + offsets[None, :]),
+            mask=(j[:, None] < slices) & exists[None, :],
+            other=0.0,
+        )
+        rows = tile
+        if blocks > 1:
+            rows = tl.load(
+                x + start + (i[:, None] * (vs * C) + offsets[None, :]),
+                mask=(i[:, None] < slices) & exists[None, :],
+                other=0.0,
+            )
+        query = product(rows, weights, logits, PRECISION)
+        if SPLIT:
+            query = dot(rows, weights_low, query, PRECISION)
+        query += bias[None, :]
+        high = query.to(tile.dtype)
+        logits = dot(high, tl.trans(tile), logits, PRECISION)
+        if SPLIT:
+            logits = dot((query - high.to(query.dtype)).to(tile.dtype), tl.trans(tile), logits, PRECISION)
+    tl.store(partial + (n * parts + part) * SP * SP + i[:, None] * SP + j[None, :], logits)
+
+
+@kernel("beta")
+def mix_kernel(
+    x,
+    attention,
+    w,
+    b,
+    beta,
+    out,
+    slices: tl.int32,
+    P2: tl.int32,
+    chunks: tl.int32,
+    parts: tl.int32,
+    vn: tl.int64,
+    vs: tl.int64,
+    v1: tl.int64,
+    v2: tl.int64,
+    C: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+    SP: tl.constexpr,
+    BI: tl.constexpr,
+    FLAT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out = x + beta * ((A X) W + b)``: one read, one write. ``out`` may be ``x`` where ``BI == SP``."""
+    blocks: tl.constexpr = SP // BI
+    block = tl.program_id(0) % blocks
+    part = tl.program_id(0) // blocks % parts
+    n = (tl.program_id(0) // blocks // parts).to(tl.int64)
+    x += n * vn * C
+    out += n * vn * C
+    j = tl.arange(0, SP)
+    i = block * BI + tl.arange(0, BI)
+    k = tl.arange(0, K)
+    weights = tl.load(w + k[:, None] * K + k[None, :])
+    bias = tl.load(b + k)
+    scale = tl.load(beta).to(bias.dtype)
+    mixing = tl.load(attention + n * SP * SP + i[:, None] * SP + j[None, :])
+    for chunk in range(part, chunks, parts):
+        start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
+        tile = tl.load(
+            x + start + (j[:, None] * (vs * C) + offsets[None, :]),
+            mask=(j[:, None] < slices) & exists[None, :],
+            other=0.0,
+        )
+        rows = tile
+        if blocks > 1:
+            rows = tl.load(
+                x + start + (i[:, None] * (vs * C) + offsets[None, :]),
+                mask=(i[:, None] < slices) & exists[None, :],
+                other=0.0,
+            )
+        mixed = product(mixing, tile, bias, PRECISION)
+        value = product(mixed.to(tile.dtype), weights, bias, PRECISION) + bias[None, :]
+        tl.store(
+            out + start + (i[:, None] * (vs * C) + offsets[None, :]),
+            (rows.to(bias.dtype) + scale * value).to(tile.dtype),
+            mask=(i[:, None] < slices) & exists[None, :],
+        )
+
+
+@kernel()
+def map_backward_kernel(
+    x,
+    grad,
+    attention,
+    w,
+    partial,
+    partial_w,
+    partial_b,
+    slices: tl.int32,
+    P2: tl.int32,
+    chunks: tl.int32,
+    parts: tl.int32,
+    vn: tl.int64,
+    vs: tl.int64,
+    v1: tl.int64,
+    v2: tl.int64,
+    C: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+    SP: tl.constexpr,
+    FLAT: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """First pass backward: partial ``D_ij = <G_i Wv, X_j>``, and the value projection's gradients on the way.
+
+    Reads ``x`` and the gradient once. ``partial`` ``(N, parts, SP, SP)``; ``partial_b`` ``(N, parts, K)`` sums the
+    gradient over voxels; with ``WEIGHTS`` ``partial_w`` ``(N, parts, K, K)`` holds ``G^T (A X)``.
+    """
+    part = tl.program_id(0) % parts
+    n = (tl.program_id(0) // parts).to(tl.int64)
+    x += n * vn * C
+    grad += n * vn * C
+    j = tl.arange(0, SP)
+    k = tl.arange(0, K)
+    weights = tl.load(w + k[:, None] * K + k[None, :])
+    if WEIGHTS:
+        mixing = tl.load(attention + n * SP * SP + j[:, None] * SP + j[None, :])
+    contracted = tl.zeros((SP, SP), partial.dtype.element_ty)
+    total_w = tl.zeros((K, K), partial.dtype.element_ty)
+    total_b = tl.zeros((K,), partial.dtype.element_ty)
+    for chunk in range(part, chunks, parts):
+        start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
+        places = start + (j[:, None] * (vs * C) + offsets[None, :])
+        inside = (j[:, None] < slices) & exists[None, :]
+        tile = tl.load(x + places, mask=inside, other=0.0)
+        upstream = tl.load(grad + places, mask=inside, other=0.0)
+        projected = product(upstream, tl.trans(weights), contracted, PRECISION).to(tile.dtype)
+        contracted = dot(projected, tl.trans(tile), contracted, PRECISION)
+        total_b += tl.sum(upstream.to(total_b.dtype), 0)
+        if WEIGHTS:
+            mixed = product(mixing, tile, contracted, PRECISION).to(tile.dtype)
+            total_w = dot(tl.trans(upstream), mixed, total_w, PRECISION)
+    index = n * parts + part
+    tl.store(partial + index * SP * SP + j[:, None] * SP + j[None, :], contracted)
+    tl.store(partial_b + index * K + k, total_b)
+    if WEIGHTS:
+        tl.store(partial_w + index * K * K + k[:, None] * K + k[None, :], total_w)
+
+
+@kernel("beta")
+def mix_backward_kernel(
+    x,
+    grad,
+    attention,
+    grad_logits,
+    m,
+    w,
+    u,
+    beta,
+    grad_x,
+    partial_m,
+    partial_u,
+    slices: tl.int32,
+    P2: tl.int32,
+    chunks: tl.int32,
+    parts: tl.int32,
+    vn: tl.int64,
+    vs: tl.int64,
+    v1: tl.int64,
+    v2: tl.int64,
+    C: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+    SP: tl.constexpr,
+    FLAT: tl.constexpr,
+    VOLUME: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Second pass backward: ``dX = G + beta A^T (G Wv) + (dL X) M^T + dL^T (X M + u)``.
+
+    Reads ``x`` and the gradient, writes ``grad_x`` (which may be ``grad``) with ``VOLUME``. With ``WEIGHTS``
+    ``partial_m`` ``(N, parts, K, K)`` holds ``X^T (dL X)``, ``partial_u`` ``(N, parts, K)`` its columns' sums,
+    those of ``dL X``.
+    """
+    part = tl.program_id(0) % parts
+    n = (tl.program_id(0) // parts).to(tl.int64)
+    x += n * vn * C
+    grad += n * vn * C
+    grad_x += n * vn * C
+    j = tl.arange(0, SP)
+    k = tl.arange(0, K)
+    square = k[:, None] * K + k[None, :]
+    folded = tl.load(m + square)
+    spread = tl.load(grad_logits + n * SP * SP + j[:, None] * SP + j[None, :])
+    bias = tl.load(u + k)
+    if VOLUME:
+        weights = tl.load(w + square)
+        mixing = tl.load(attention + n * SP * SP + j[:, None] * SP + j[None, :])
+    scale = tl.load(beta).to(bias.dtype)
+    total_m = tl.zeros((K, K), bias.dtype)
+    total_u = tl.zeros((K,), bias.dtype)
+    for chunk in range(part, chunks, parts):
+        start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
+        places = start + (j[:, None] * (vs * C) + offsets[None, :])
+        inside = (j[:, None] < slices) & exists[None, :]
+        tile = tl.load(x + places, mask=inside, other=0.0)
+        moved = product(spread, tile, bias, PRECISION)
+        if WEIGHTS:
+            total_u += tl.sum(moved, 0)
+        moved = moved.to(tile.dtype)
+        if WEIGHTS:
+            total_m = dot(tl.trans(tile), moved, total_m, PRECISION)
+        if VOLUME:
+            upstream = tl.load(grad + places, mask=inside, other=0.0)
+            total = dot(moved, tl.trans(folded), upstream.to(bias.dtype), PRECISION)
+            value = scale * product(upstream, tl.trans(weights), bias, PRECISION)
+            total = dot(tl.trans(mixing), value.to(tile.dtype), total, PRECISION)
+            query = product(tile, folded, bias, PRECISION) + bias[None, :]
+            total = dot(tl.trans(spread), query.to(tile.dtype), total, PRECISION)
+            tl.store(grad_x + places, total.to(tile.dtype), mask=inside)
+    if WEIGHTS:
+        index = n * parts + part
+        tl.store(partial_m + index * K * K + square, total_m)
+        tl.store(partial_u + index * K + k, total_u)
+
+
+@kernel("beta", "total", "total_vector")
+def unfold_kernel(
+    partial,
+    partial_vector,
+    beta,
+    total,
+    total_vector,
+    parts: tl.int32,
+    C: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+    CP: tl.constexpr,
+    NQ: tl.constexpr,
+    MATRIX: tl.constexpr,
+    SCALED: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Sums partial gradients of block-diagonal weights in a fixed order: a program for each row of ``(C, C)``.
+
+    ``partial`` ``(parts, K, K)`` and ``partial_vector`` ``(parts, K)`` are summed over parts and over the ``PB``
+    diagonal blocks. ``total`` ``(C, C)`` is added to, times ``beta`` with ``SCALED``; ``total_vector`` ``(C,)`` too,
+    unscaled.
+    """
+    row = tl.program_id(0)
+    column = tl.arange(0, CP)
+    q = tl.arange(0, NQ)
+    dtype = total.dtype.element_ty
+    if MATRIX:
+        sums = tl.zeros((CP,), dtype)
+        for first in range(0, parts * PB, NQ):
+            place = first + q
+            start = (place // PB).to(tl.int64) * K * K + (place % PB) * C * (K + 1) + row * K
+            inside = (place[:, None] < parts * PB) & (column[None, :] < C)
+            sums += tl.sum(tl.load(partial + start[:, None] + column[None, :], mask=inside, other=0.0), 0)
+        if SCALED:
+            sums *= tl.load(beta).to(dtype)
+        target = total + row * C + column
+        tl.store(target, tl.load(target, mask=column < C, other=0.0) + sums, mask=column < C)
+    if VECTOR and row == 0:
+        sums = tl.zeros((CP,), dtype)
+        for first in range(0, parts * PB, NQ):
+            place = first + q
+            start = (place // PB) * K + (place % PB) * C
+            inside = (place[:, None] < parts * PB) & (column[None, :] < C)
+            sums += tl.sum(tl.load(partial_vector + start[:, None] + column[None, :], mask=inside, other=0.0), 0)
+        tl.store(
+            total_vector + column, tl.load(total_vector + column, mask=column < C, other=0.0) + sums, mask=column < C
+        )

@@ -1,0 +1,287 @@
+"""The kernels of the wide regime: contraction and mix alone; the library's matrix products do the projections.
+
+They serve any number of slices and channels: the map is cut into blocks of ``BI x BJ``, the channels into blocks of
+``BC``. :func:`rsa_kernels.slice_attention`, which has no projections, runs on them too.
+"""
+
+import triton
+import triton.language as tl
+
+from rsa_kernels.triton.maps import round_rows, softmax_rows
+from rsa_kernels.triton.tiles import dot, kernel, product
+
+
+@triton.jit
+def place_columns(
+    chunk,
+    P2,
+    v1,
+    v2,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Where the columns of a chunk lie: positions as voxels from the sample's first, channels, which exist.
+
+    A chunk holds ``PB`` positions and ``BC`` channels of each.
+    """
+    channel_blocks: tl.constexpr = (C + BC - 1) // BC
+    group = chunk // channel_blocks
+    blocks = tl.cdiv(P2, PB)
+    outer = group // blocks
+    first = (group - outer * blocks) * PB
+    k = tl.arange(0, K)
+    place = k // BC
+    channel = chunk % channel_blocks * BC + k % BC
+    exists = (place < PB) & (place < P2 - first) & (channel < C)
+    return outer * v1 + first * v2, place * v2, channel, exists
+
+
+@triton.jit
+def load_tile(volume, start, offsets, channel, exists, rows, slices, vs, ROW: tl.constexpr):
+    """A tile of slices ``rows``; ``ROW`` elements lie between neighbouring voxels."""
+    places = (start + rows[:, None] * vs + offsets[None, :]) * ROW + channel[None, :]
+    return tl.load(volume + places, mask=(rows[:, None] < slices) & exists[None, :], other=0.0)
+
+
+@kernel()
+def contract_kernel(
+    left,
+    right,
+    partial,
+    slices: tl.int32,
+    P2: tl.int32,
+    chunks: tl.int32,
+    parts: tl.int32,
+    vn: tl.int64,
+    vs: tl.int64,
+    v1: tl.int64,
+    v2: tl.int64,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+    SP: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    LEFT_ROW: tl.constexpr,
+    RIGHT_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial maps ``<left_i, right_j>``, ``(N, parts, SP, SP)``: each volume read once per block of the other.
+
+    Blocks wholly beyond the last slice are neither made nor written; who sums the parts does not read them.
+    """
+    column_blocks = tl.cdiv(slices, BJ)
+    blocks = tl.cdiv(slices, BI) * column_blocks
+    block = tl.program_id(0) % blocks
+    part = tl.program_id(0) // blocks % parts
+    n = (tl.program_id(0) // blocks // parts).to(tl.int64)
+    left += n * vn * LEFT_ROW
+    right += n * vn * RIGHT_ROW
+    i = block // column_blocks * BI + tl.arange(0, BI)
+    j = block % column_blocks * BJ + tl.arange(0, BJ)
+    total = tl.zeros((BI, BJ), partial.dtype.element_ty)
+    for chunk in range(part, chunks, parts):
+        start, offsets, channel, exists = place_columns(chunk, P2, v1, v2, C, BC, PB, K)
+        rows = load_tile(left, start, offsets, channel, exists, i, slices, vs, LEFT_ROW)
+        columns = load_tile(right, start, offsets, channel, exists, j, slices, vs, RIGHT_ROW)
+        total = dot(rows, tl.trans(columns), total, PRECISION)
+    tl.store(partial + (n * parts + part) * SP * SP + i[:, None] * SP + j[None, :], total)
+
+
+@triton.jit
+def multiply_map(
+    total,
+    matrix,
+    volume,
+    start,
+    offsets,
+    channel,
+    exists,
+    i,
+    slices,
+    vs,
+    SP: tl.constexpr,
+    BJ: tl.constexpr,
+    ROW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds ``sum_j matrix_ij volume_j`` (``matrix_ji`` if transposed) to ``total``."""
+    for first in range(0, slices, BJ):
+        j = first + tl.arange(0, BJ)
+        if TRANSPOSED:
+            block = tl.trans(tl.load(matrix + j[:, None] * SP + i[None, :]))
+        else:
+            block = tl.load(matrix + i[:, None] * SP + j[None, :])
+        tile = load_tile(volume, start, offsets, channel, exists, j, slices, vs, ROW)
+        total = dot(block, tile, total, PRECISION)
+    return total
+
+
+@kernel("beta")
+def mix_kernel(
+    base,
+    beta,
+    first,
+    first_map,
+    second,
+    third,
+    other_map,
+    out,
+    slices: tl.int32,
+    P2: tl.int32,
+    chunks: tl.int32,
+    vn: tl.int64,
+    vs: tl.int64,
+    v1: tl.int64,
+    v2: tl.int64,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+    SP: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    BASE: tl.constexpr,
+    TERMS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    FIRST_ROW: tl.constexpr,
+    OTHER_ROW: tl.constexpr,
+    OUT_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out = A first``, with ``BASE`` ``base + beta * A first``, with ``TERMS == 3`` also ``+ B^T second + B third``.
+
+    ``A`` is ``first_map``, or its transpose with ``TRANSPOSED``; ``B`` is ``other_map``. Maps are padded,
+    ``(N, SP, SP)``. One program per ``BI`` slices and chunk.
+    """
+    blocks = tl.cdiv(slices, BI)
+    i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    chunk = tl.program_id(0) // blocks % chunks
+    n = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    start, offsets, channel, exists = place_columns(chunk, P2, v1, v2, C, BC, PB, K)
+    matrix = n * SP * SP
+    dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros((BI, K), dtype)
+    total = multiply_map(
+        total,
+        first_map + matrix,
+        first + n * vn * FIRST_ROW,
+        start,
+        offsets,
+        channel,
+        exists,
+        i,
+        slices,
+        vs,
+        SP,
+        BJ,
+        FIRST_ROW,
+        TRANSPOSED,
+        PRECISION,
+    )
+    if BASE:
+        rest = load_tile(base + n * vn * C, start, offsets, channel, exists, i, slices, vs, C)
+        total = rest.to(total.dtype) + tl.load(beta).to(total.dtype) * total
+    if TERMS == 3:
+        total = multiply_map(
+            total,
+            other_map + matrix,
+            second + n * vn * OTHER_ROW,
+            start,
+            offsets,
+            channel,
+            exists,
+            i,
+            slices,
+            vs,
+            SP,
+            BJ,
+            OTHER_ROW,
+            True,
+            PRECISION,
+        )
+        total = multiply_map(
+            total,
+            other_map + matrix,
+            third + n * vn * OTHER_ROW,
+            start,
+            offsets,
+            channel,
+            exists,
+            i,
+            slices,
+            vs,
+            SP,
+            BJ,
+            OTHER_ROW,
+            False,
+            PRECISION,
+        )
+    places = (start + i[:, None] * vs + offsets[None, :]) * OUT_ROW + channel[None, :]
+    tl.store(
+        out + n * vn * OUT_ROW + places,
+        total.to(out.dtype.element_ty),
+        mask=(i[:, None] < slices) & exists[None, :],
+    )
+
+
+@kernel("beta")
+def softmax_mix_kernel(
+    partial,
+    attention,
+    value,
+    base,
+    beta,
+    out,
+    slices: tl.int32,
+    P2: tl.int32,
+    chunks: tl.int32,
+    maps: tl.int32,
+    parts: tl.int32,
+    vn: tl.int64,
+    vs: tl.int64,
+    v1: tl.int64,
+    v2: tl.int64,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+    SP: tl.constexpr,
+    NQ: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """For few slices: sums the partial logits, takes the softmax, and mixes: ``out = base + beta * A value``.
+
+    Every program makes the whole small map from the ``maps`` partial ones, the same bits each, which costs less than
+    one more launch; the first of a sample writes it to ``attention`` ``(N, S, S)``.
+    """
+    part = tl.program_id(0) % parts
+    n = (tl.program_id(0) // parts).to(tl.int64)
+    s = tl.arange(0, SP)
+    q = tl.arange(0, NQ)
+    square = s[:, None] * SP + s[None, :]
+    partial += n * maps * SP * SP
+    logits = tl.zeros((SP, SP), partial.dtype.element_ty)
+    for first in range(0, maps, NQ):
+        inside = (first + q[:, None, None] < maps) & (s[None, :, None] < slices) & (s[None, None, :] < slices)
+        logits += tl.sum(
+            tl.load(partial + (first + q[:, None, None]) * SP * SP + square[None, :, :], mask=inside, other=0.0), 0
+        )
+    inside = (s[:, None] < slices) & (s[None, :] < slices)
+    weights = softmax_rows(logits, s, inside, slices)
+    if part == 0:
+        tl.store(attention + (n * slices + s[:, None]) * slices + s[None, :], weights, mask=inside)
+    mixing = round_rows(weights, s, out)
+    scale = tl.load(beta).to(weights.dtype)
+    for chunk in range(part, chunks, parts):
+        start, offsets, channel, exists = place_columns(chunk, P2, v1, v2, C, BC, PB, K)
+        tile = load_tile(value + n * vn * VALUE_ROW, start, offsets, channel, exists, s, slices, vs, VALUE_ROW)
+        rest = load_tile(base + n * vn * C, start, offsets, channel, exists, s, slices, vs, C)
+        total = rest.to(weights.dtype) + scale * product(mixing, tile, weights, PRECISION)
+        places = (start + s[:, None] * vs + offsets[None, :]) * C + channel[None, :]
+        tl.store(out + n * vn * C + places, total.to(rest.dtype), mask=(s[:, None] < slices) & exists[None, :])
