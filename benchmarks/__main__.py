@@ -8,12 +8,13 @@ import csv
 import ctypes
 import datetime
 import gc
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.published import published
 from rsa_kernels import available_backends, recurrent_slice_attention
+from rsa_kernels.backends import cannot_run
 
 CASES = {
     "tiny": (1, 512, 10, 14, 10),
@@ -39,11 +41,12 @@ COLUMNS = (
 )
 
 
-def providers() -> dict[str, Callable[..., Tensor]]:
-    """Name to the block as that provider computes it."""
+def providers(device: str = "cpu") -> dict[str, Callable[..., Tensor]]:
+    """Name to the block as that provider computes it, for volumes on a device."""
     found = {"eager": published, "torch.compile": torch.compile(published)}
-    for name, reason in available_backends().items():
-        if reason is None and name != "reference":
+    volume = torch.empty((1,) * 5, device=device)
+    for name in available_backends():
+        if name != "reference" and cannot_run(name, volume) is None:
             found[name] = lambda *tensors, name=name: recurrent_slice_attention(*tensors, backend=name)
     return found
 
@@ -70,9 +73,12 @@ def run(block: Callable[..., Tensor], tensors: list[Tensor], upstream: Tensor, m
 
 
 def worst_error(results: list[Tensor], truths: list[Tensor]) -> float:
-    """The largest relative error of the output and all gradients but that of phi_bias, which is zero."""
+    """The largest relative error of the output and all gradients but that of phi_bias, which is zero.
+
+    Infinite where anything is not finite.
+    """
     errors = [((r - t).norm() / t.norm()).item() for r, t in zip(results, truths, strict=True)]
-    return max(error for index, error in enumerate(errors) if index != 5)
+    return max(error if math.isfinite(error) else math.inf for index, error in enumerate(errors) if index != 5)
 
 
 def peak_extra_mib(case: str, provider: str, memory_format: str) -> dict[str, float]:
@@ -159,6 +165,30 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def commit() -> str:
+    """The commit that is measured, or nothing outside a clone."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def table(device: str) -> Path:
+    """The file that keeps a device's rows."""
+    return RESULTS / f"{device.lower().replace(' ', '-')}.csv"
+
+
+def append(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """Adds rows to a table, which starts with the names of its columns."""
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     """Measures and appends the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -170,24 +200,17 @@ def main() -> None:
         _measure_peak(*arguments.peak)
         return
     device = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     common = {
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
-    path = RESULTS / f"{device.lower().replace(' ', '-')}.csv"
+    path = table(device)
     for case in QUICK if arguments.quick else CASES:
         for memory_format in FORMATS:
-            rows = measure(case, memory_format, arguments.repeats)
-            fresh = not path.exists()
-            with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                if fresh:
-                    writer.writeheader()
-                writer.writerows({**common, **row} for row in rows)
+            append(path, COLUMNS, ({**common, **row} for row in measure(case, memory_format, arguments.repeats)))
     print(f"rows: {path}")
 
 

@@ -5,12 +5,14 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rsa_kernels import available_backends, recurrent_slice_attention, reference
+from rsa_kernels.backends import interpreted, triton_is_missing
 from rsa_kernels.folding import Projections
 
 # What a backend's error may be besides twice that of the published equations in the same precision.
@@ -97,13 +99,41 @@ def check(device: str) -> bool:
     return fine
 
 
+def tune(shape: Sequence[int], dtype: str, output: Path) -> int:
+    """Measures the Triton kernels' tilings for a volume, and writes a launch table; returns the exit status."""
+    reason = triton_is_missing() or (interpreted() and "is interpreted here: unset TRITON_INTERPRET") or None
+    if reason is None and (len(shape) != 5 or min(shape) < 1):
+        reason = f"is tuned for a volume N C D H W, not {shape}: give five sizes of at least 1"
+    if reason:
+        print(f"the triton backend {reason}", file=sys.stderr)
+        return 1
+    from rsa_kernels.triton.tune import tune as measure
+    from rsa_kernels.triton.tune import write
+    from rsa_kernels.triton.tuning import ENVIRONMENT_VARIABLE
+
+    table = measure(shape, getattr(torch, dtype), f"cuda:{torch.cuda.current_device()}", print)
+    write(table, output)
+    count = sum(map(len, table.values()))
+    print(f"{output}: {count} entries beat the table; use them with {ENVIRONMENT_VARIABLE}={output}")
+    return 0
+
+
 def main() -> int:
     """Prints the report; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m rsa_kernels", description="What runs here, and whether it is right."
     )
     parser.add_argument("--check", action="store_true", help="compare every usable backend with the reference")
+    commands = parser.add_subparsers(dest="command", metavar="{tune}")
+    tuner = commands.add_parser(
+        "tune", help="measure the Triton kernels' tilings on this GPU, and write a launch table"
+    )
+    tuner.add_argument("--shape", type=int, nargs=5, required=True, metavar=("N", "C", "D", "H", "W"))
+    tuner.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], default="bfloat16")
+    tuner.add_argument("-o", "--output", type=Path, default=Path("rsa_kernels_table.json"))
     arguments = parser.parse_args()
+    if arguments.command == "tune":
+        return tune(arguments.shape, arguments.dtype, arguments.output)
     print(report())
     if not arguments.check:
         return 0

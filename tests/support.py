@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rsa_kernels import available_backends
+from rsa_kernels import available_backends, backends
 
 GOLDEN = Path(__file__).parent / "golden"
 BACKENDS = [name for name, reason in available_backends().items() if reason is None]
+# Triton's interpreter takes a hundred times longer than the kernels of other backends.
+INTERPRETED = backends.interpreted()
+EXAMPLES = 10 if INTERPRETED else 60
 FORMATS = [torch.contiguous_format, torch.channels_last_3d]
 WEIGHTS = ("theta_conv.weight", "theta_conv.bias", "phi_conv.weight", "phi_conv.bias", "g_conv.weight", "g_conv.bias")
 

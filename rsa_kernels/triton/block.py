@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rsa_kernels.folding import Gradients, Projections, accumulation_dtype, fold, fold_backward
 from rsa_kernels.triton import maps, narrow, tuning, wide
-from rsa_kernels.triton.launch import bind, on_device
+from rsa_kernels.triton.launch import INTERPRETED, bind, on_device
 from rsa_kernels.triton.tuning import Tiling
 from rsa_kernels.triton.volumes import ALIGNMENT, Geometry, empty_packed, geometry, pack, unpack
 
@@ -21,6 +21,11 @@ from rsa_kernels.triton.volumes import ALIGNMENT, Geometry, empty_packed, geomet
 CHUNKS_PER_PROGRAM = 2
 # Elements that a program on a map's rows looks at together.
 ROW_ELEMENTS = 4096
+# Half precision ends at 65504, and the folded query, a product with two weights, can be larger than either alone: it is
+# rounded as many times smaller, and the logits, which are float32, are as many times larger again.
+HALF_SHRINK = 2.0**-8
+# Side of the tiles that the weights are folded in.
+FOLD_TILE = 16
 
 
 class NarrowWeights(NamedTuple):
@@ -66,6 +71,7 @@ class Machine:
         self.arch = tuning.architecture(device)
         self.kind = tuning.kind(like.dtype)
         self.precision = "tf32" if self.kind == "tf32" else "ieee"
+        self.shrink = HALF_SHRINK if like.dtype == torch.float16 else 1.0
 
     def tiling(self, kernel: str, geometry: Geometry) -> Tiling | None:
         """The launch table's entry for a kernel."""
@@ -87,6 +93,11 @@ class Machine:
         dtypes = tuple(argument.dtype for argument in arguments if isinstance(argument, Tensor))
         bind(kernel, self.device, dtypes, *tiling, *constants)(programs, self.stream, *arguments)
 
+    def launch_rows(self, kernel: Any, arguments: Sequence[Any], padded: int, *constants: Any) -> None:
+        """Launches a kernel on the rows of maps, a program for each: they are few, and so are kept busy together."""
+        rows = min(padded, 64) if INTERPRETED else 1
+        self.launch(kernel, self.batch * padded // rows, (4, 1), arguments, padded, rows, *constants)
+
     # Maps ----------------------------------------------------------------------------------------------------------
 
     def softmax(self, partial: Tensor, slices: int) -> tuple[Tensor, Tensor]:
@@ -94,22 +105,17 @@ class Machine:
         parts, padded = partial.shape[1:3]
         attention = self.empty(self.batch, slices, slices)
         rounded = self.empty(self.batch, padded, padded, dtype=self.dtype)
-        self.launch(
-            maps.softmax_kernel,
-            self.batch * padded,
-            (4, 1),
-            (partial, attention, rounded, slices, parts),
-            padded,
-            _rows_at_once(padded),
+        self.launch_rows(
+            maps.softmax_kernel, (partial, attention, rounded, slices, parts), padded, parts_at_once(padded)
         )
         return attention, rounded
 
-    def round(self, attention: Tensor, rows: int = 0) -> Tensor:
-        """The copy of a map in the volumes' dtype, padded to at least ``rows``."""
+    def round(self, attention: Tensor, *tilings: Tiling) -> Tensor:
+        """The padded copy of a map in the volumes' dtype, for kernels with these tilings."""
         slices = attention.shape[1]
-        padded = max(tuning.bucket(slices), rows)
+        padded = tuning.padded(slices, *tilings)
         rounded = self.empty(self.batch, padded, padded, dtype=self.dtype)
-        self.launch(maps.round_kernel, self.batch * padded, (4, 1), (attention, rounded, slices), padded)
+        self.launch_rows(maps.round_kernel, (attention, rounded, slices), padded)
         return rounded
 
     def softmax_backward(self, partial: Tensor, attention: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -118,13 +124,11 @@ class Machine:
         grad_logits = self.empty(self.batch, padded, padded, dtype=self.dtype)
         row_dots = self.empty(self.batch, padded)
         scale = row_dots if beta is None else beta
-        self.launch(
+        self.launch_rows(
             maps.softmax_backward_kernel,
-            self.batch * padded,
-            (4, 1),
             (partial, attention, scale, grad_logits, row_dots, attention.shape[1], parts),
             padded,
-            _rows_at_once(padded),
+            parts_at_once(padded),
             beta is not None,
         )
         return grad_logits, row_dots
@@ -136,7 +140,7 @@ class Machine:
         m = self.empty(3, columns, columns, dtype=self.dtype)
         u = self.empty(2, columns)
         theta_weight, theta_bias, phi_weight, _, g_weight, g_bias = weights
-        tile = 16
+        tile = columns if INTERPRETED else FOLD_TILE
         self.launch(
             narrow.fold_kernel,
             (columns // tile) ** 2,
@@ -157,9 +161,8 @@ class Machine:
         parts = self.parts(chunks, blocks, tiling)
         return places, chunks, parts, parts * blocks * self.batch
 
-    def narrow_map(self, x: Tensor, weights: NarrowWeights, geometry: Geometry, tiling: Tiling) -> Tensor:
-        """Partial logits."""
-        padded = max(tuning.bucket(geometry.slices), tiling.rows)
+    def narrow_map(self, x: Tensor, weights: NarrowWeights, geometry: Geometry, tiling: Tiling, padded: int) -> Tensor:
+        """Partial logits, padded to so many slices."""
         places, chunks, parts, programs = self.narrow_cut(geometry, tiling, padded)
         partial = self.empty(self.batch, parts, padded, padded)
         self.launch(
@@ -167,7 +170,8 @@ class Machine:
             programs,
             (tiling.warps, tiling.stages),
             (x, weights.m, weights.u, partial, geometry.slices, geometry.inner, chunks, parts, *geometry.strides),
-            *(self.channels, places, tiling.columns, padded, tiling.rows, geometry.flat, tiling.split, self.precision),
+            *(self.channels, places, tiling.columns, padded, tiling.rows, geometry.flat),
+            *(tiling.split, self.shrink, self.precision),
         )
         return partial
 
@@ -204,18 +208,17 @@ class Machine:
         total_vector: Tensor,
         matrix: bool,
         scaled: bool,
-        vector: bool,
     ) -> None:
         """Adds partial gradients of block-diagonal weights to those of the folded ones."""
         parts, columns = vectors.shape
         width = tuning.bucket(self.channels)
+        rows = width if INTERPRETED else 1
         self.launch(
             narrow.unfold_kernel,
-            self.channels if matrix else 1,
+            -(-self.channels // rows) if matrix else 1,
             (4, 1),
             (matrices, vectors, beta, total, total_vector, parts),
-            *(self.channels, columns // self.channels, columns, width, max(1, ROW_ELEMENTS // width)),
-            *(matrix, scaled, vector),
+            *(self.channels, columns // self.channels, columns, width, rows, parts_at_once(width), matrix, scaled),
         )
 
     # Wide ----------------------------------------------------------------------------------------------------------
@@ -227,8 +230,8 @@ class Machine:
         chunks = geometry.outer * -(-geometry.inner // places) * -(-self.channels // channels)
         return channels, places, chunks
 
-    def contract(self, left: Tensor, right: Tensor, geometry: Geometry) -> Tensor:
-        """Partial maps ``<left_i, right_j>``; the volumes are packed, or packed rows with others between them."""
+    def contract(self, left: Tensor, right: Tensor, geometry: Geometry, shrink: float = 1.0) -> Tensor:
+        """Partial maps ``<left_i, right_j> / shrink`` of packed volumes, or of rows ``(V, C)`` of a wider matrix."""
         tiling = self.tiling("contract", geometry)
         padded = tuning.bucket(geometry.slices)
         channels, places, chunks = self.wide_cut(geometry, tiling)
@@ -241,7 +244,7 @@ class Machine:
             (tiling.warps, tiling.stages),
             (left, right, partial, geometry.slices, geometry.inner, chunks, parts, *geometry.strides),
             *(self.channels, channels, places, tiling.columns, padded, tiling.rows, tiling.rows),
-            *(_row(left), _row(right), self.precision),
+            *(_row(left), _row(right), shrink, self.precision),
         )
         return partial
 
@@ -252,28 +255,26 @@ class Machine:
         out: Tensor,
         geometry: Geometry,
         transposed: bool = False,
-        base: Tensor | None = None,
-        beta: Tensor | None = None,
-        others: tuple[Tensor, Tensor, Tensor] | None = None,
+        base: tuple[Tensor, Tensor] | None = None,
+        rank_one: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """``out = A volume``, ``base + beta A volume``, and with ``others = (B, y, z)`` also ``+ B^T y + B z``."""
+        """``out = A volume``; with ``base = (x, beta)`` ``x + beta A volume``; with ``rank_one`` their product more."""
         tiling = self.tiling("mix_slices", geometry)
         padded = matrix.shape[1]
         channels, places, chunks = self.wide_cut(geometry, tiling)
-        other_map, second, third = others or (matrix, volume, volume)
+        rest, beta = base or (volume, matrix)
+        row_scale, vector = rank_one or (matrix, matrix)
         blocks = -(-geometry.slices // tiling.rows)
         self.launch(
             wide.mix_kernel,
             blocks * chunks * self.batch,
             (tiling.warps, tiling.stages),
             (
-                *(volume if base is None else base, matrix if beta is None else beta),
-                *(volume, matrix, second, third, other_map, out),
+                *(volume, matrix, rest, beta, row_scale, vector, out),
                 *(geometry.slices, geometry.inner, chunks, *geometry.strides),
             ),
             *(self.channels, channels, places, tiling.columns, padded, tiling.rows, tiling.rows),
-            *(base is not None, 1 if others is None else 3, transposed),
-            *(_row(volume), _row(second), _row(out), self.precision),
+            *(transposed, base is not None, rank_one is not None, _row(volume), _row(out), self.precision),
         )
 
     def softmax_mix(
@@ -299,14 +300,15 @@ class Machine:
                 *(partial, attention, value, base, beta, out),
                 *(geometry.slices, geometry.inner, chunks, parts, programs, *geometry.strides),
             ),
-            *(self.channels, channels, places, tiling.columns, padded, max(1, ROW_ELEMENTS // padded**2)),
+            *(self.channels, channels, places, tiling.columns, padded, parts_at_once(padded**2)),
             *(_row(value), self.precision),
         )
         return attention
 
 
-def _rows_at_once(padded: int) -> int:
-    return max(1, min(64, ROW_ELEMENTS // padded))
+def parts_at_once(elements: int) -> int:
+    """How many parts of so many elements a program sums at a time."""
+    return max(1, min(64, ROW_ELEMENTS // elements))
 
 
 def _row(volume: Tensor) -> int:
@@ -355,6 +357,19 @@ class Weights:
             self._wide = tuple(weight.to(self._machine.dtype) for weight in folded)
         return self._wide
 
+    def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Query, ``shrink`` times smaller, and value of voxels ``(V, C)``.
+
+        They come of one product where both then start aligned: the voxels are read once.
+        """
+        m, u, g_weight, g_bias = self.wide()
+        channels, shrink = rows.shape[1], self._machine.shrink
+        if shrink != 1 or channels * rows.element_size() % ALIGNMENT:
+            query = torch.addmm(u, rows, m, alpha=shrink, beta=shrink)
+            return query, torch.addmm(g_bias, rows, g_weight.T)
+        both = torch.addmm(torch.cat((u, g_bias)), rows, torch.cat((m, g_weight.T), 1))
+        return both[:, :channels], both[:, channels:]
+
 
 def _forward_step(
     machine: Machine, weights: Weights, step: int, x: Tensor, axis: int, target: Tensor | None
@@ -364,7 +379,8 @@ def _forward_step(
     beta = weights.beta(step)
     map_tiling, mix_tiling = (machine.tiling(kernel, shape) for kernel in ("map", "mix"))
     if map_tiling and mix_tiling:
-        partial = machine.narrow_map(x, weights.narrow(map_tiling.columns), shape, map_tiling)
+        padded = tuning.padded(shape.slices, map_tiling, mix_tiling)
+        partial = machine.narrow_map(x, weights.narrow(map_tiling.columns), shape, map_tiling, padded)
         attention, rounded = machine.softmax(partial, shape.slices)
         if target is None or (target is x and mix_tiling.rows < rounded.shape[1]):
             target = empty_packed(machine.shape, x)
@@ -372,14 +388,13 @@ def _forward_step(
         return target, attention
     if target is None:
         target = empty_packed(machine.shape, x)
-    m, u, g_weight, g_bias = weights.wide()
-    query, value = _project_twice(_rows_of(x), m, u, g_weight.T, g_bias)
-    partial = machine.contract(query, x, shape)
+    query, value = weights.project(_rows_of(x))
+    partial = machine.contract(query, x, shape, machine.shrink)
     tiling = machine.tiling("softmax_mix", shape)
     if tiling:
         return target, machine.softmax_mix(partial, value, x, beta, target, shape, tiling)
     attention, rounded = machine.softmax(partial, shape.slices)
-    machine.mix(rounded, value, target, shape, base=x, beta=beta)
+    machine.mix(rounded, value, target, shape, base=(x, beta))
     return target, attention
 
 
@@ -461,7 +476,7 @@ def _narrow_backward(
 ) -> None:
     beta = weights.beta(step)
     first, second = tilings
-    rounded = machine.round(attention, max(first.rows, second.rows))
+    rounded = machine.round(attention, first, second)
     padded = rounded.shape[1]
 
     def arguments(tiling: Tiling) -> tuple[int, int, Tensor, Tensor, tuple[int, ...], tuple[Any, ...]]:
@@ -482,7 +497,7 @@ def _narrow_backward(
         *(*constants, need_value, machine.precision),
     )
     grad_sum = machine.empty(machine.channels).zero_()
-    machine.unfold(matrices, vectors, beta, totals.g_weight, grad_sum, need_value, True, True)
+    machine.unfold(matrices, vectors, beta, totals.g_weight, grad_sum, need_value, True)
     totals.grad_sums.append(grad_sum)
     grad_logits, row_dots = machine.softmax_backward(partial, attention, beta)
     totals.row_dots.append(row_dots)
@@ -502,7 +517,7 @@ def _narrow_backward(
         *(*constants, grad_x is not None, need_folded, machine.precision),
     )
     if need_folded:
-        machine.unfold(matrices, vectors, beta, totals.m, totals.u, True, False, True)
+        machine.unfold(matrices, vectors, beta, totals.m, totals.u, True, False)
 
 
 def _wide_backward(
@@ -528,25 +543,21 @@ def _wide_backward(
     totals.grad_sums.append(grad_rows.sum(0, dtype=machine.precise))
     rounded = machine.round(attention)
     moved = machine.empty(len(rows), machine.channels, dtype=machine.dtype)
-    if need_folded:
-        machine.mix(grad_logits, x, moved, shape)
-        totals.m.add_(_correlate(rows, moved))
-        totals.u.add_(moved.sum(0, dtype=machine.precise))
     if need_value:
         machine.mix(rounded, grad, moved, shape, transposed=True)
         totals.g_weight.addcmul_(_correlate(moved, rows), beta.to(machine.precise))
+    # dX = G + beta A^T R + (dL^T X) M + (dL X) M^T + c u, c the columns' sums of dL. From here on G may be gone.
     if grad_x is not None:
-        others = (grad_logits, *_project_twice(rows, m, u, m.T, torch.zeros_like(u)))
-        machine.mix(rounded, projected, grad_x, shape, transposed=True, base=grad, beta=beta, others=others)
-
-
-def _project_twice(rows: Tensor, first: Tensor, bias: Tensor, second: Tensor, other_bias: Tensor) -> list[Tensor]:
-    """Two projections of voxels ``(V, C)``, in one product where each then starts aligned: read once, launched once."""
-    channels = rows.shape[1]
-    if channels * rows.element_size() % ALIGNMENT:
-        return [torch.addmm(bias, rows, first), torch.addmm(other_bias, rows, second)]
-    both = torch.addmm(torch.cat((bias, other_bias)), rows, torch.cat((first, second), 1))
-    return [both[:, :channels], both[:, channels:]]
+        rank_one = (grad_logits.sum(1, dtype=machine.precise), u)
+        machine.mix(rounded, projected, grad_x, shape, transposed=True, base=(grad, beta), rank_one=rank_one)
+        machine.mix(grad_logits, x, moved, shape, transposed=True)
+        _rows_of(grad_x).addmm_(moved, m)
+    machine.mix(grad_logits, x, moved, shape)
+    if grad_x is not None:
+        _rows_of(grad_x).addmm_(moved, m.T)
+    if need_folded:
+        totals.m.add_(_correlate(rows, moved))
+        totals.u.add_(moved.sum(0, dtype=machine.precise))
 
 
 def _correlate(rows: Tensor, columns: Tensor) -> Tensor:
@@ -612,14 +623,14 @@ def _remix(machine: Machine, weights: Weights, step: int, x: Tensor, attention: 
     shape = geometry(machine.shape, axis)
     out = empty_packed(machine.shape, x)
     tilings = [machine.tiling(kernel, shape) for kernel in ("map", "mix")]
-    rounded = machine.round(attention, tilings[1].rows if all(tilings) else 0)
+    rounded = machine.round(attention, *(tilings if all(tilings) else ()))
     if all(tilings):
         folded = weights.narrow(tilings[1].columns)
         machine.narrow_mix(x, rounded, folded, weights.beta(step), out, shape, tilings[1])
     else:
         _, _, g_weight, g_bias = weights.wide()
         value = torch.addmm(g_bias, _rows_of(x), g_weight.T)
-        machine.mix(rounded, value, out, shape, base=x, beta=weights.beta(step))
+        machine.mix(rounded, value, out, shape, base=(x, weights.beta(step)))
     return out
 
 

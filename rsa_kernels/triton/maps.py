@@ -1,4 +1,4 @@
-"""The kernels on maps: softmax and its derivative, one program per row.
+"""The kernels on maps: softmax and its derivative.
 
 A contraction over ``C * P`` terms is split over programs, and each leaves a partial map. Here the partial maps are
 summed, always in the same order, so that results repeat bitwise without an atomic. Maps that kernels exchange are
@@ -37,47 +37,56 @@ def softmax_rows(logits, columns, inside, slices):
 
 
 @triton.jit
-def row_of_program(slices, SP: tl.constexpr):
-    """What a program works on: sample, row, columns, which entries ``(1, SP)`` are of the map, their padded place."""
-    pid = tl.program_id(0)
-    n = (pid // SP).to(tl.int64)
-    i = pid % SP + tl.arange(0, 1)
+def rows_of_program(slices, SP: tl.constexpr, BR: tl.constexpr):
+    """What a program works on: sample, rows, columns, which entries ``(BR, SP)`` are of the map, padded places."""
+    blocks: tl.constexpr = SP // BR
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BR + tl.arange(0, BR)
     j = tl.arange(0, SP)
     return n, i, j, (i[:, None] < slices) & (j[None, :] < slices), (n * SP + i[:, None]) * SP + j[None, :]
 
 
 @triton.jit
 def sum_partial(partial, n, i, j, inside, parts, SP: tl.constexpr, NQ: tl.constexpr):
-    """Sums a row of ``parts`` padded maps in a fixed order: ``(1, SP)``."""
+    """Sums rows ``i`` of ``parts`` padded maps, ``NQ`` at a time, in a fixed order: ``(BR, SP)``."""
     q = tl.arange(0, NQ)
-    total = tl.zeros((1, SP), partial.dtype.element_ty)
+    total = tl.zeros((i.shape[0], SP), partial.dtype.element_ty)
     for first in range(0, parts, NQ):
-        index = n * parts + first + q[:, None]
+        index = n * parts + first + q[:, None, None]
         rows = tl.load(
-            partial + (index * SP + i[None, :]) * SP + j[None, :],
-            mask=(first + q[:, None] < parts) & inside,
+            partial + (index * SP + i[None, :, None]) * SP + j[None, None, :],
+            mask=(first + q[:, None, None] < parts) & inside[None, :, :],
             other=0.0,
         )
-        total += tl.sum(rows, 0)[None, :]
+        total += tl.sum(rows, 0)
     return total
 
 
 @kernel("attention")
-def softmax_kernel(partial, attention, rounded, slices: tl.int32, parts: tl.int32, SP: tl.constexpr, NQ: tl.constexpr):
+def softmax_kernel(
+    partial,
+    attention,
+    rounded,
+    slices: tl.int32,
+    parts: tl.int32,
+    SP: tl.constexpr,
+    BR: tl.constexpr,
+    NQ: tl.constexpr,
+):
     """Sums partial logits ``(N, parts, SP, SP)``, takes the softmax, writes the map ``(N, S, S)`` and a padded copy.
 
-    One program per row of the padded map.
+    One program per ``BR`` rows of the padded map.
     """
-    n, i, j, inside, place = row_of_program(slices, SP)
+    n, i, j, inside, place = rows_of_program(slices, SP, BR)
     weights = softmax_rows(sum_partial(partial, n, i, j, inside, parts, SP, NQ), j, inside, slices)
     tl.store(attention + (n * slices + i[:, None]) * slices + j[None, :], weights, mask=inside)
     tl.store(rounded + place, round_rows(weights, j, rounded))
 
 
 @kernel("attention")
-def round_kernel(attention, rounded, slices: tl.int32, SP: tl.constexpr):
-    """Pads maps ``(N, S, S)`` with zeros to ``(N, SP, SP)`` in the dtype of the volumes. One program per row."""
-    n, i, j, inside, place = row_of_program(slices, SP)
+def round_kernel(attention, rounded, slices: tl.int32, SP: tl.constexpr, BR: tl.constexpr):
+    """Pads maps ``(N, S, S)`` with zeros to ``(N, SP, SP)`` in the volumes' dtype. One program per ``BR`` rows."""
+    n, i, j, inside, place = rows_of_program(slices, SP, BR)
     weights = tl.load(attention + (n * slices + i[:, None]) * slices + j[None, :], mask=inside, other=0.0)
     tl.store(rounded + place, round_rows(weights, j, rounded))
 
@@ -92,15 +101,16 @@ def softmax_backward_kernel(
     slices: tl.int32,
     parts: tl.int32,
     SP: tl.constexpr,
+    BR: tl.constexpr,
     NQ: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """``dL = beta * A * (D - rowsum(A * D))`` from partial ``D``, padded and rounded; and ``rowsum(A * D)``.
 
-    One program per row. ``rounded`` ``(N, SP, SP)`` is written whole, ``row_dots`` ``(N, SP)`` too. Without ``SCALED``
-    there is no beta.
+    One program per ``BR`` rows. ``rounded`` ``(N, SP, SP)`` is written whole, ``row_dots`` ``(N, SP)`` too. Without
+    ``SCALED`` there is no beta.
     """
-    n, i, j, inside, place = row_of_program(slices, SP)
+    n, i, j, inside, place = rows_of_program(slices, SP, BR)
     contracted = sum_partial(partial, n, i, j, inside, parts, SP, NQ)
     weights = tl.load(attention + (n * slices + i[:, None]) * slices + j[None, :], mask=inside, other=0.0)
     row_dot = tl.sum(weights * contracted, 1)

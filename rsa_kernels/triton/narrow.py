@@ -10,7 +10,7 @@ along the diagonal once per position of a tile.
 
 import triton.language as tl
 
-from rsa_kernels.triton.tiles import columns, dot, kernel, product
+from rsa_kernels.triton.tiles import columns, dot, kernel, places, product
 
 
 @kernel("theta", "theta_bias", "phi", "g", "g_bias")
@@ -87,12 +87,14 @@ def map_kernel(
     BI: tl.constexpr,
     FLAT: tl.constexpr,
     SPLIT: tl.constexpr,
+    SHRINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Partial logits ``<X_i M + u, X_j>``, ``(N, parts, SP, SP)``: one read of ``x``, projected on the way.
 
     A program makes ``BI`` rows of the map over its share of the chunks. With ``SPLIT`` the products' operands are kept
-    as the sum of two 16-bit numbers each (``x`` is exact as it is): logits nearly as exact as in float32.
+    as the sum of two 16-bit numbers each (``x`` is exact as it is): logits nearly as exact as in float32. The query is
+    rounded ``SHRINK`` times smaller, a power of two, where its dtype has too small a range.
     """
     blocks: tl.constexpr = SP // BI
     block = tl.program_id(0) % blocks
@@ -110,26 +112,26 @@ def map_kernel(
     for chunk in range(part, chunks, parts):
         start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
         tile = tl.load(
-            x + start + (j[:, None] * (vs * C) + offsets[None, :]),
+            x + start + places(j, offsets, vs, C),
             mask=(j[:, None] < slices) & exists[None, :],
             other=0.0,
         )
         rows = tile
         if blocks > 1:
             rows = tl.load(
-                x + start + (i[:, None] * (vs * C) + offsets[None, :]),
+                x + start + places(i, offsets, vs, C),
                 mask=(i[:, None] < slices) & exists[None, :],
                 other=0.0,
             )
         query = product(rows, weights, logits, PRECISION)
         if SPLIT:
             query = dot(rows, weights_low, query, PRECISION)
-        query += bias[None, :]
+        query = (query + bias[None, :]) * SHRINK
         high = query.to(tile.dtype)
         logits = dot(high, tl.trans(tile), logits, PRECISION)
         if SPLIT:
             logits = dot((query - high.to(query.dtype)).to(tile.dtype), tl.trans(tile), logits, PRECISION)
-    tl.store(partial + (n * parts + part) * SP * SP + i[:, None] * SP + j[None, :], logits)
+    tl.store(partial + (n * parts + part) * SP * SP + i[:, None] * SP + j[None, :], logits / SHRINK)
 
 
 @kernel("beta")
@@ -173,21 +175,21 @@ def mix_kernel(
     for chunk in range(part, chunks, parts):
         start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
         tile = tl.load(
-            x + start + (j[:, None] * (vs * C) + offsets[None, :]),
+            x + start + places(j, offsets, vs, C),
             mask=(j[:, None] < slices) & exists[None, :],
             other=0.0,
         )
         rows = tile
         if blocks > 1:
             rows = tl.load(
-                x + start + (i[:, None] * (vs * C) + offsets[None, :]),
+                x + start + places(i, offsets, vs, C),
                 mask=(i[:, None] < slices) & exists[None, :],
                 other=0.0,
             )
         mixed = product(mixing, tile, bias, PRECISION)
         value = product(mixed.to(tile.dtype), weights, bias, PRECISION) + bias[None, :]
         tl.store(
-            out + start + (i[:, None] * (vs * C) + offsets[None, :]),
+            out + start + places(i, offsets, vs, C),
             (rows.to(bias.dtype) + scale * value).to(tile.dtype),
             mask=(i[:, None] < slices) & exists[None, :],
         )
@@ -237,10 +239,10 @@ def map_backward_kernel(
     total_b = tl.zeros((K,), partial.dtype.element_ty)
     for chunk in range(part, chunks, parts):
         start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
-        places = start + (j[:, None] * (vs * C) + offsets[None, :])
+        entries = start + places(j, offsets, vs, C)
         inside = (j[:, None] < slices) & exists[None, :]
-        tile = tl.load(x + places, mask=inside, other=0.0)
-        upstream = tl.load(grad + places, mask=inside, other=0.0)
+        tile = tl.load(x + entries, mask=inside, other=0.0)
+        upstream = tl.load(grad + entries, mask=inside, other=0.0)
         projected = product(upstream, tl.trans(weights), contracted, PRECISION).to(tile.dtype)
         contracted = dot(projected, tl.trans(tile), contracted, PRECISION)
         total_b += tl.sum(upstream.to(total_b.dtype), 0)
@@ -284,7 +286,7 @@ def mix_backward_kernel(
     WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Second pass backward: ``dX = G + beta A^T (G Wv) + (dL X) M^T + dL^T (X M + u)``.
+    """Second pass backward: ``dX = G + beta A^T (G Wv) + (dL X) M^T + (dL^T X) M + c u``, where ``c_j = sum_i dL_ij``.
 
     Reads ``x`` and the gradient, writes ``grad_x`` (which may be ``grad``) with ``VOLUME``. With ``WEIGHTS``
     ``partial_m`` ``(N, parts, K, K)`` holds ``X^T (dL X)``, ``partial_u`` ``(N, parts, K)`` its columns' sums,
@@ -304,14 +306,15 @@ def mix_backward_kernel(
     if VOLUME:
         weights = tl.load(w + square)
         mixing = tl.load(attention + n * SP * SP + j[:, None] * SP + j[None, :])
+        column_sums = tl.sum(spread.to(bias.dtype), 0)
     scale = tl.load(beta).to(bias.dtype)
     total_m = tl.zeros((K, K), bias.dtype)
     total_u = tl.zeros((K,), bias.dtype)
     for chunk in range(part, chunks, parts):
         start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
-        places = start + (j[:, None] * (vs * C) + offsets[None, :])
+        entries = start + places(j, offsets, vs, C)
         inside = (j[:, None] < slices) & exists[None, :]
-        tile = tl.load(x + places, mask=inside, other=0.0)
+        tile = tl.load(x + entries, mask=inside, other=0.0)
         moved = product(spread, tile, bias, PRECISION)
         if WEIGHTS:
             total_u += tl.sum(moved, 0)
@@ -319,13 +322,13 @@ def mix_backward_kernel(
         if WEIGHTS:
             total_m = dot(tl.trans(tile), moved, total_m, PRECISION)
         if VOLUME:
-            upstream = tl.load(grad + places, mask=inside, other=0.0)
+            upstream = tl.load(grad + entries, mask=inside, other=0.0)
             total = dot(moved, tl.trans(folded), upstream.to(bias.dtype), PRECISION)
             value = scale * product(upstream, tl.trans(weights), bias, PRECISION)
             total = dot(tl.trans(mixing), value.to(tile.dtype), total, PRECISION)
-            query = product(tile, folded, bias, PRECISION) + bias[None, :]
-            total = dot(tl.trans(spread), query.to(tile.dtype), total, PRECISION)
-            tl.store(grad_x + places, total.to(tile.dtype), mask=inside)
+            moved = product(tl.trans(spread), tile, bias, PRECISION).to(tile.dtype)
+            total = dot(moved, folded, total, PRECISION) + column_sums[:, None] * bias[None, :]
+            tl.store(grad_x + entries, total.to(tile.dtype), mask=inside)
     if WEIGHTS:
         index = n * parts + part
         tl.store(partial_m + index * K * K + square, total_m)
@@ -344,39 +347,42 @@ def unfold_kernel(
     PB: tl.constexpr,
     K: tl.constexpr,
     CP: tl.constexpr,
+    BR: tl.constexpr,
     NQ: tl.constexpr,
     MATRIX: tl.constexpr,
     SCALED: tl.constexpr,
-    VECTOR: tl.constexpr,
 ):
-    """Sums partial gradients of block-diagonal weights in a fixed order: a program for each row of ``(C, C)``.
+    """Sums partial gradients of block-diagonal weights in a fixed order: a program for ``BR`` rows of ``(C, C)``.
 
     ``partial`` ``(parts, K, K)`` and ``partial_vector`` ``(parts, K)`` are summed over parts and over the ``PB``
     diagonal blocks. ``total`` ``(C, C)`` is added to, times ``beta`` with ``SCALED``; ``total_vector`` ``(C,)`` too,
     unscaled.
     """
-    row = tl.program_id(0)
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
     column = tl.arange(0, CP)
     q = tl.arange(0, NQ)
-    dtype = total.dtype.element_ty
     if MATRIX:
-        sums = tl.zeros((CP,), dtype)
+        sums = tl.zeros((BR, CP), total.dtype.element_ty)
+        inside = (row[:, None] < C) & (column[None, :] < C)
         for first in range(0, parts * PB, NQ):
             place = first + q
-            start = (place // PB).to(tl.int64) * K * K + (place % PB) * C * (K + 1) + row * K
-            inside = (place[:, None] < parts * PB) & (column[None, :] < C)
-            sums += tl.sum(tl.load(partial + start[:, None] + column[None, :], mask=inside, other=0.0), 0)
+            start = (place // PB).to(tl.int64) * K * K + (place % PB) * C * (K + 1)
+            blocks = tl.load(
+                partial + start[:, None, None] + row[None, :, None] * K + column[None, None, :],
+                mask=(place < parts * PB)[:, None, None] & inside[None, :, :],
+                other=0.0,
+            )
+            sums += tl.sum(blocks, 0)
         if SCALED:
-            sums *= tl.load(beta).to(dtype)
-        target = total + row * C + column
-        tl.store(target, tl.load(target, mask=column < C, other=0.0) + sums, mask=column < C)
-    if VECTOR and row == 0:
-        sums = tl.zeros((CP,), dtype)
+            sums *= tl.load(beta).to(sums.dtype)
+        target = total + row[:, None] * C + column[None, :]
+        tl.store(target, tl.load(target, mask=inside, other=0.0) + sums, mask=inside)
+    if tl.program_id(0) == 0:
+        sums = tl.zeros((CP,), total.dtype.element_ty)
         for first in range(0, parts * PB, NQ):
             place = first + q
             start = (place // PB) * K + (place % PB) * C
             inside = (place[:, None] < parts * PB) & (column[None, :] < C)
             sums += tl.sum(tl.load(partial_vector + start[:, None] + column[None, :], mask=inside, other=0.0), 0)
-        tl.store(
-            total_vector + column, tl.load(total_vector + column, mask=column < C, other=0.0) + sums, mask=column < C
-        )
+        target = total_vector + column
+        tl.store(target, tl.load(target, mask=column < C, other=0.0) + sums, mask=column < C)

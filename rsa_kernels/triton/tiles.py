@@ -47,7 +47,14 @@ def columns(chunk, P2, v1, v2, C: tl.constexpr, PB: tl.constexpr, K: tl.constexp
         offsets = k
     else:
         offsets = place * (v2 * C) + k % C
-    return (outer * v1 + first * v2) * C, offsets, (place < PB) & (place < P2 - first)
+    start = (outer * v1.to(tl.int64) + first * v2.to(tl.int64)) * C
+    return start, offsets, (place < PB) & (place < P2 - first)
+
+
+@triton.jit
+def places(rows, offsets, vs, C: tl.constexpr):
+    """Where the entries of a tile lie, from its first column on: slices ``rows``, columns ``offsets``."""
+    return rows[:, None] * (vs.to(tl.int64) * C) + offsets[None, :]
 
 
 @triton.jit

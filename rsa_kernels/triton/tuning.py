@@ -43,6 +43,11 @@ def bucket(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def padded(slices: int, *tilings: Tiling) -> int:
+    """The slices that a map is padded to: whole blocks of every kernel that works on it."""
+    return max(bucket(slices), *(tiling.rows for tiling in tilings), 0)
+
+
 @cache
 def architecture(device: int) -> str:
     """The family whose table serves a CUDA device.
@@ -81,6 +86,11 @@ def _allows_tf32() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def key(kernel: str, kind: str, slices: int, channels: int) -> str:
+    """The name of a table's entry, say ``map/half/128/32``."""
+    return f"{kernel}/{kind}/{bucket(slices)}/{bucket(channels)}"
+
+
 @lru_cache(maxsize=4096)
 def tiling(kernel: str, arch: str, kind: str, slices: int, channels: int) -> Tiling | None:
     """The tiling of a kernel, or None where it does not serve: then the wide regime does, which always serves.
@@ -93,12 +103,15 @@ def tiling(kernel: str, arch: str, kind: str, slices: int, channels: int) -> Til
         channels: number of channels.
     """
     padded, width = bucket(slices), bucket(channels)
-    key = f"{kernel}/{kind}/{padded}/{width}"
     entries = overrides().get(arch, {})
-    if key in entries:
-        return entries[key]
+    if (name := key(kernel, kind, slices, channels)) in entries:
+        return entries[name]
+    # Where loads are shorter than 16 bytes, their addresses take the registers that large tiles need.
+    aligned = channels % 8 == 0
     if kernel in WIDE_KERNELS:
-        return _wide(kernel, arch, kind, padded, width)
+        return _wide(kernel, arch, kind, padded, aligned)
+    if not aligned and padded > (16 if "backward" in kernel else 128) and arch != "interpreter":
+        return None
     return _narrow(kernel, arch, kind, padded, width)
 
 
@@ -121,7 +134,7 @@ _SM_80 = {
     ("map_backward", 32): (Tiling(32, 32, 4, 2, 3), Tiling(64, 32, 4, 2, 2), None),
     ("map_backward", 64): (Tiling(32, 64, 8, 2), None, None),
     ("mix_backward", 16): (Tiling(64, 16, 4, 2, 3), Tiling(64, 16, 4, 2, 3), None),
-    ("mix_backward", 32): (Tiling(32, 32, 4, 2, 3), Tiling(64, 32, 4, 2, 2), None),
+    ("mix_backward", 32): (Tiling(32, 32, 4, 2, 3), Tiling(64, 32, 8, 2), None),
     ("mix_backward", 64): (Tiling(32, 64, 4, 2, 2), None, None),
 }
 _SM_90 = {
@@ -136,12 +149,12 @@ _SM_90 = {
     ("mix", 128): (Tiling(32, 128, 8, 3, 3), Tiling(64, 128, 8, 3, 2), Tiling(128, 128, 8, 3)),
     ("mix", 256): (Tiling(32, 128, 8, 2, 2), Tiling(64, 128, 8, 2), None),
     ("map_backward", 16): (Tiling(64, 16, 4, 2, 4), Tiling(64, 16, 4, 2, 4), Tiling(128, 16, 8, 2)),
-    ("map_backward", 32): (Tiling(64, 32, 4, 2, 4), Tiling(64, 32, 4, 2, 4), None),
+    ("map_backward", 32): (Tiling(64, 32, 4, 2, 4), Tiling(64, 32, 4, 2, 4), Tiling(128, 32, 8, 2)),
     ("map_backward", 64): (Tiling(64, 64, 4, 2, 2), Tiling(64, 64, 4, 2, 2), None),
     ("map_backward", 128): (Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2), None),
     ("mix_backward", 16): (Tiling(64, 16, 4, 2, 3), Tiling(64, 16, 4, 2, 3), Tiling(128, 16, 8, 2)),
-    ("mix_backward", 32): (Tiling(64, 32, 4, 2, 2), Tiling(64, 32, 4, 2, 2), None),
-    ("mix_backward", 64): (Tiling(32, 64, 4, 2, 3), Tiling(64, 64, 4, 2, 2), None),
+    ("mix_backward", 32): (Tiling(64, 32, 4, 2, 2), Tiling(64, 32, 4, 2, 2), Tiling(128, 32, 8, 2)),
+    ("mix_backward", 64): (Tiling(32, 64, 4, 2, 3), Tiling(64, 64, 8, 2), None),
     ("mix_backward", 128): (Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2), None),
 }
 _SM_100 = {
@@ -175,14 +188,14 @@ def _narrow(kernel: str, arch: str, kind: str, padded: int, width: int) -> Tilin
     return by_width[max(0, width.bit_length() - 6)]
 
 
-def _wide(kernel: str, arch: str, kind: str, padded: int, width: int) -> Tiling | None:
+def _wide(kernel: str, arch: str, kind: str, padded: int, aligned: bool) -> Tiling | None:
     if kernel == "softmax_mix" and padded > 32:
         return None
     columns = {"half": 64, "tf32": 32, "float": 32, "double": 16}[kind]
-    rows = min(padded, {"half": 128, "tf32": 128, "float": 64, "double": 32}[kind])
+    rows = min(padded, {"half": 128 if aligned else 64, "tf32": 64, "float": 64, "double": 32}[kind])
     if arch == "interpreter":
         columns, rows = 128, min(padded, 64)
-    return Tiling(columns, rows, 8 if rows == 128 else 4, 3)
+    return Tiling(columns, rows, 8 if rows >= 64 else 4, 3 if kernel == "contract" else 2)
 
 
 @lru_cache(maxsize=1)
@@ -215,8 +228,10 @@ def _checked(key: str, entry: Tiling) -> Tiling:
     name, arithmetic, padded, width = key.split("/")
     if name not in NARROW_KERNELS + WIDE_KERNELS or arithmetic not in KINDS:
         raise ValueError(f"there is no entry {key}")
-    fits = name in WIDE_KERNELS or entry.columns >= int(width)
+    # A narrow tile holds all channels, and backward all slices; a wide one no more slices than there are.
+    fits = entry.rows <= int(padded) if name in WIDE_KERNELS else entry.columns >= int(width)
+    fits &= "backward" not in name or entry.rows >= int(padded)
     powers = all(size >= 16 and size & (size - 1) == 0 for size in (entry.columns, entry.rows))
-    if not (fits and powers and entry.rows <= int(padded) and entry.warps in (1, 2, 4, 8, 16) and entry.stages >= 1):
+    if not (fits and powers and entry.warps in (1, 2, 4, 8, 16) and entry.stages >= 1):
         raise ValueError(f"{key} has sizes that do not fit: {entry}")
     return entry

@@ -7,8 +7,8 @@ They serve any number of slices and channels: the map is cut into blocks of ``BI
 import triton
 import triton.language as tl
 
-from rsa_kernels.triton.maps import round_rows, softmax_rows
-from rsa_kernels.triton.tiles import dot, kernel, product
+from rsa_kernels.triton.maps import round_rows, softmax_rows, sum_partial
+from rsa_kernels.triton.tiles import dot, kernel, places, product
 
 
 @triton.jit
@@ -35,14 +35,14 @@ def place_columns(
     place = k // BC
     channel = chunk % channel_blocks * BC + k % BC
     exists = (place < PB) & (place < P2 - first) & (channel < C)
-    return outer * v1 + first * v2, place * v2, channel, exists
+    return outer * v1.to(tl.int64) + first * v2.to(tl.int64), place * v2, channel, exists
 
 
 @triton.jit
 def load_tile(volume, start, offsets, channel, exists, rows, slices, vs, ROW: tl.constexpr):
     """A tile of slices ``rows``; ``ROW`` elements lie between neighbouring voxels."""
-    places = (start + rows[:, None] * vs + offsets[None, :]) * ROW + channel[None, :]
-    return tl.load(volume + places, mask=(rows[:, None] < slices) & exists[None, :], other=0.0)
+    entries = (start + places(rows, offsets, vs, 1)) * ROW + channel[None, :]
+    return tl.load(volume + entries, mask=(rows[:, None] < slices) & exists[None, :], other=0.0)
 
 
 @kernel()
@@ -67,9 +67,10 @@ def contract_kernel(
     BJ: tl.constexpr,
     LEFT_ROW: tl.constexpr,
     RIGHT_ROW: tl.constexpr,
+    SHRINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Partial maps ``<left_i, right_j>``, ``(N, parts, SP, SP)``: each volume read once per block of the other.
+    """Partial maps ``<left_i, right_j> / SHRINK``, ``(N, parts, SP, SP)``; reads each once per block of the other.
 
     Blocks wholly beyond the last slice are neither made nor written; who sums the parts does not read them.
     """
@@ -88,48 +89,17 @@ def contract_kernel(
         rows = load_tile(left, start, offsets, channel, exists, i, slices, vs, LEFT_ROW)
         columns = load_tile(right, start, offsets, channel, exists, j, slices, vs, RIGHT_ROW)
         total = dot(rows, tl.trans(columns), total, PRECISION)
-    tl.store(partial + (n * parts + part) * SP * SP + i[:, None] * SP + j[None, :], total)
+    tl.store(partial + (n * parts + part) * SP * SP + i[:, None] * SP + j[None, :], total / SHRINK)
 
 
-@triton.jit
-def multiply_map(
-    total,
-    matrix,
-    volume,
-    start,
-    offsets,
-    channel,
-    exists,
-    i,
-    slices,
-    vs,
-    SP: tl.constexpr,
-    BJ: tl.constexpr,
-    ROW: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds ``sum_j matrix_ij volume_j`` (``matrix_ji`` if transposed) to ``total``."""
-    for first in range(0, slices, BJ):
-        j = first + tl.arange(0, BJ)
-        if TRANSPOSED:
-            block = tl.trans(tl.load(matrix + j[:, None] * SP + i[None, :]))
-        else:
-            block = tl.load(matrix + i[:, None] * SP + j[None, :])
-        tile = load_tile(volume, start, offsets, channel, exists, j, slices, vs, ROW)
-        total = dot(block, tile, total, PRECISION)
-    return total
-
-
-@kernel("beta")
+@kernel("beta", "vector")
 def mix_kernel(
+    volume,
+    matrix,
     base,
     beta,
-    first,
-    first_map,
-    second,
-    third,
-    other_map,
+    row_scale,
+    vector,
     out,
     slices: tl.int32,
     P2: tl.int32,
@@ -145,85 +115,44 @@ def mix_kernel(
     SP: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
-    BASE: tl.constexpr,
-    TERMS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    FIRST_ROW: tl.constexpr,
-    OTHER_ROW: tl.constexpr,
+    BASE: tl.constexpr,
+    RANK_ONE: tl.constexpr,
+    VOLUME_ROW: tl.constexpr,
     OUT_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``out = A first``, with ``BASE`` ``base + beta * A first``, with ``TERMS == 3`` also ``+ B^T second + B third``.
+    """``out_i = sum_j A_ij volume_j``; ``base + beta * (...)`` if ``BASE``; ``+ row_scale_i vector`` if ``RANK_ONE``.
 
-    ``A`` is ``first_map``, or its transpose with ``TRANSPOSED``; ``B`` is ``other_map``. Maps are padded,
-    ``(N, SP, SP)``. One program per ``BI`` slices and chunk.
+    ``A`` is ``matrix`` ``(N, SP, SP)``, or its transpose with ``TRANSPOSED``; ``row_scale`` is ``(N, SP)``, ``vector``
+    ``(C,)``. One program per ``BI`` slices and chunk.
     """
     blocks = tl.cdiv(slices, BI)
     i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
     chunk = tl.program_id(0) // blocks % chunks
     n = (tl.program_id(0) // blocks // chunks).to(tl.int64)
     start, offsets, channel, exists = place_columns(chunk, P2, v1, v2, C, BC, PB, K)
-    matrix = n * SP * SP
+    matrix += n * SP * SP
+    volume += n * vn * VOLUME_ROW
     dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros((BI, K), dtype)
-    total = multiply_map(
-        total,
-        first_map + matrix,
-        first + n * vn * FIRST_ROW,
-        start,
-        offsets,
-        channel,
-        exists,
-        i,
-        slices,
-        vs,
-        SP,
-        BJ,
-        FIRST_ROW,
-        TRANSPOSED,
-        PRECISION,
-    )
+    for first in range(0, slices, BJ):
+        j = first + tl.arange(0, BJ)
+        if TRANSPOSED:
+            block = tl.trans(tl.load(matrix + j[:, None] * SP + i[None, :]))
+        else:
+            block = tl.load(matrix + i[:, None] * SP + j[None, :])
+        tile = load_tile(volume, start, offsets, channel, exists, j, slices, vs, VOLUME_ROW)
+        total = dot(block, tile, total, PRECISION)
     if BASE:
         rest = load_tile(base + n * vn * C, start, offsets, channel, exists, i, slices, vs, C)
-        total = rest.to(total.dtype) + tl.load(beta).to(total.dtype) * total
-    if TERMS == 3:
-        total = multiply_map(
-            total,
-            other_map + matrix,
-            second + n * vn * OTHER_ROW,
-            start,
-            offsets,
-            channel,
-            exists,
-            i,
-            slices,
-            vs,
-            SP,
-            BJ,
-            OTHER_ROW,
-            True,
-            PRECISION,
-        )
-        total = multiply_map(
-            total,
-            other_map + matrix,
-            third + n * vn * OTHER_ROW,
-            start,
-            offsets,
-            channel,
-            exists,
-            i,
-            slices,
-            vs,
-            SP,
-            BJ,
-            OTHER_ROW,
-            False,
-            PRECISION,
-        )
-    places = (start + i[:, None] * vs + offsets[None, :]) * OUT_ROW + channel[None, :]
+        total = rest.to(dtype) + tl.load(beta).to(dtype) * total
+    if RANK_ONE:
+        scales = tl.load(row_scale + n * SP + i)
+        total += scales[:, None] * tl.load(vector + channel, mask=exists, other=0.0).to(dtype)[None, :]
+    entries = (start + places(i, offsets, vs, 1)) * OUT_ROW + channel[None, :]
     tl.store(
-        out + n * vn * OUT_ROW + places,
+        out + n * vn * OUT_ROW + entries,
         total.to(out.dtype.element_ty),
         mask=(i[:, None] < slices) & exists[None, :],
     )
@@ -263,16 +192,8 @@ def softmax_mix_kernel(
     part = tl.program_id(0) % parts
     n = (tl.program_id(0) // parts).to(tl.int64)
     s = tl.arange(0, SP)
-    q = tl.arange(0, NQ)
-    square = s[:, None] * SP + s[None, :]
-    partial += n * maps * SP * SP
-    logits = tl.zeros((SP, SP), partial.dtype.element_ty)
-    for first in range(0, maps, NQ):
-        inside = (first + q[:, None, None] < maps) & (s[None, :, None] < slices) & (s[None, None, :] < slices)
-        logits += tl.sum(
-            tl.load(partial + (first + q[:, None, None]) * SP * SP + square[None, :, :], mask=inside, other=0.0), 0
-        )
     inside = (s[:, None] < slices) & (s[None, :] < slices)
+    logits = sum_partial(partial, n, s, s, inside, maps, SP, NQ)
     weights = softmax_rows(logits, s, inside, slices)
     if part == 0:
         tl.store(attention + (n * slices + s[:, None]) * slices + s[None, :], weights, mask=inside)
@@ -283,5 +204,5 @@ def softmax_mix_kernel(
         tile = load_tile(value + n * vn * VALUE_ROW, start, offsets, channel, exists, s, slices, vs, VALUE_ROW)
         rest = load_tile(base + n * vn * C, start, offsets, channel, exists, s, slices, vs, C)
         total = rest.to(weights.dtype) + scale * product(mixing, tile, weights, PRECISION)
-        places = (start + s[:, None] * vs + offsets[None, :]) * C + channel[None, :]
-        tl.store(out + n * vn * C + places, total.to(rest.dtype), mask=(s[:, None] < slices) & exists[None, :])
+        entries = (start + places(s, offsets, vs, 1)) * C + channel[None, :]
+        tl.store(out + n * vn * C + entries, total.to(rest.dtype), mask=(s[:, None] < slices) & exists[None, :])
