@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 # One pair that belongs together; without the pin, pip would fetch the newest CUDA build.
 TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test check-triton check-mutations check-gpu lint clean
 
 install: $(VENV)/installed
 
@@ -28,8 +28,27 @@ demo: install
 	$(RUN)/rsanet evaluate demo/predictions demo/test --csv demo/scores.csv
 	$(RUN)/rsanet report demo/report.png --data demo/test --pred demo/predictions --model demo/run
 
+# Triton's kernels run in its interpreter, which a process has from its start or not at all.
 test: install
 	$(RUN)/python -m pytest
+ifeq ($(shell uname -sm),Linux x86_64)
+	TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 tests/rsa_kernels tests/triton -k triton
+endif
+
+# Compiles all that the launch table can choose for GPUs that need not be here, with the oldest Triton too: half an hour.
+check-triton: install
+	$(RUN)/python tests/triton/ahead_of_time.py
+	$(RUN)/pip install --quiet --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
+	PYTHONPATH=$(VENV)/triton-3.6 $(RUN)/python tests/triton/ahead_of_time.py
+
+# Breaks the kernels in some twenty ways, and proves that the tests see each.
+check-mutations: install
+	$(RUN)/python tests/triton/mutations.py
+
+# On a machine with a GPU, in an environment with a CUDA build of torch: the tests, then the measurements.
+check-gpu:
+	$(PYTHON) -m pytest tests/gpu
+	$(PYTHON) -m benchmarks.gpu
 
 lint: install
 	$(RUN)/ruff check

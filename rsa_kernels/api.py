@@ -187,12 +187,14 @@ def _check_parameter(name: str, parameter: object, x: Tensor) -> None:
 
 def _check_matrix(name: str, weight: object, channels: int, x: Tensor) -> Tensor:
     _check_parameter(name, weight, x)
-    if weight.shape not in ((channels, channels), (channels, channels, 1, 1, 1)):
-        raise ValueError(
-            f"{name} has shape {tuple(weight.shape)}, but must have ({channels}, {channels}) or "
-            f"({channels}, {channels}, 1, 1, 1) for x with {channels} channels"
-        )
-    return weight.view(channels, channels)
+    if weight.shape == (channels, channels):
+        return weight
+    if weight.shape == (channels, channels, 1, 1, 1):
+        return weight.view(channels, channels)
+    raise ValueError(
+        f"{name} has shape {tuple(weight.shape)}, but must have ({channels}, {channels}) or "
+        f"({channels}, {channels}, 1, 1, 1) for x with {channels} channels"
+    )
 
 
 def _check_betas(betas: object, steps: int, x: Tensor) -> Tensor:

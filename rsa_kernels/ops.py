@@ -160,6 +160,19 @@ torch.library.register_fake("rsa_kernels::attention_backward", _fake_attention_b
 _PLAIN_PYTORCH = "rsa_kernels.reference.recurrent_slice_attention and .slice_attention, which are plain PyTorch"
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _below_autograd(operator: Callable, kernel: Callable, *args: Any) -> Any:
+    """Calls an operator below autograd; its kernel itself where nothing could come between: half the way, 8 µs less."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if torch._C._len_torch_dispatch_stack() == 0 and all(
+            type(argument) in _PLAIN for argument in args if isinstance(argument, Tensor)
+        ):
+            return kernel(*args)
+        return operator(*args)
+
+
 def _differentiable(tensors: Sequence[Tensor]) -> bool:
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(
@@ -173,8 +186,7 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: Any, axes: list[int], scale: float, keep_inputs: bool, backend: str, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, maps, inputs = block(x, *tensors, axes, scale, keep_inputs, backend)
+        out, maps, inputs = _below_autograd(block, _block, x, *tensors, axes, scale, keep_inputs, backend)
         ctx.save_for_backward(x, *tensors, *maps, *inputs)
         ctx.arguments = (axes, scale, backend)
         ctx.mark_non_differentiable(*maps)
@@ -196,8 +208,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, axis: int, scale: float, backend: str, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, weights = attention(query, key, value, axis, scale, backend)
+        out, weights = _below_autograd(attention, _attention, query, key, value, axis, scale, backend)
         ctx.save_for_backward(query, key, value, weights)
         ctx.arguments = (axis, scale, backend)
         ctx.mark_non_differentiable(weights)
@@ -230,8 +241,7 @@ class _OnceOnly(torch.autograd.Function):
 def _block_autograd(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     *tensors, axes, scale, keep_inputs, backend = args
     if not _differentiable((x, *tensors)):
-        with torch._C._AutoDispatchBelowAutograd():
-            return block(x, *tensors, axes, scale, keep_inputs, backend)
+        return _below_autograd(block, _block, x, *tensors, axes, scale, keep_inputs, backend)
     out, *maps = _Block.apply(axes, scale, keep_inputs, backend, x, *tensors)
     return out, maps, []  # the inputs are for backward, which has them
 
@@ -240,8 +250,7 @@ def _attention_autograd(
     query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     if not _differentiable((query, key, value)):
-        with torch._C._AutoDispatchBelowAutograd():
-            return attention(query, key, value, axis, scale, backend)
+        return _below_autograd(attention, _attention, query, key, value, axis, scale, backend)
     return _Attention.apply(axis, scale, backend, query, key, value)
 
 

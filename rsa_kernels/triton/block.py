@@ -6,6 +6,7 @@ device. See :mod:`rsa_kernels.ops` for the contract that all backends keep.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from rsa_kernels.folding import Gradients, Projections, accumulation_dtype, fold, fold_backward
 from rsa_kernels.triton import maps, narrow, tuning, wide
-from rsa_kernels.triton.launch import INTERPRETED, bind, on_device
+from rsa_kernels.triton.launch import INTERPRETED, OnDevice, bind
 from rsa_kernels.triton.tuning import Tiling
 from rsa_kernels.triton.volumes import ALIGNMENT, Geometry, empty_packed, geometry, pack, unpack
 
@@ -28,16 +29,34 @@ HALF_SHRINK = 2.0**-8
 FOLD_TILE = 16
 
 
-class NarrowWeights(NamedTuple):
-    """Block-diagonal weights of ``K`` columns; see :func:`rsa_kernels.triton.narrow.fold_kernel`."""
+class Cut(NamedTuple):
+    """A volume cut into chunks, and the programs that walk them."""
 
-    m: Tensor
-    w: Tensor
-    u: Tensor
-    b: Tensor
+    channels: int
+    """In a tile; all of them in the narrow regime."""
+    places: int
+    """Positions in a tile."""
+    chunks: int
+    parts: int
+    """Programs that share a sample's chunks."""
 
 
-def _rows_of(volume: Tensor) -> Tensor:
+@lru_cache(maxsize=4096)
+def cut(geometry: Geometry, tiling: Tiling, channels: int, batch: int, blocks: int, processors: int) -> Cut:
+    """Cuts a volume for a kernel of which ``blocks`` programs work on the same chunk."""
+    in_tile = min(channels, tiling.columns)
+    places = tiling.columns // in_tile
+    chunks = geometry.outer * -(-geometry.inner // places) * -(-channels // in_tile)
+    wanted = processors * tiling.programs // (batch * blocks)
+    return Cut(in_tile, places, chunks, max(1, min(wanted, chunks // CHUNKS_PER_PROGRAM)))
+
+
+def parts_at_once(elements: int) -> int:
+    """How many parts of so many elements a program sums at a time."""
+    return max(1, min(64, ROW_ELEMENTS // elements))
+
+
+def rows_of(volume: Tensor) -> Tensor:
     """A packed volume as ``(voxels, C)``."""
     return volume.permute(0, 2, 3, 4, 1).reshape(-1, volume.shape[1])
 
@@ -51,6 +70,18 @@ def _unflat(flat: Tensor, shape: torch.Size) -> Tensor:
     return flat.view(batch, depth, height, width, channels).permute(0, 4, 1, 2, 3)
 
 
+def _row(volume: Tensor) -> int:
+    """Elements from a voxel to the next in memory."""
+    return volume.stride(0) if volume.dim() == 2 else volume.shape[1]
+
+
+class Folded(NamedTuple):
+    """Block-diagonal weights of ``K`` columns; see :func:`rsa_kernels.triton.narrow.fold_kernel`."""
+
+    matrices: Tensor
+    vectors: Tensor
+
+
 class Machine:
     """Launches the kernels for volumes of one shape and dtype on the current stream of their device.
 
@@ -58,9 +89,10 @@ class Machine:
         like: a volume ``(N, C, D, H, W)``.
         device: index of its device.
         stream: the stream.
+        parameters: the other tensors of the caller's that kernels read.
     """
 
-    def __init__(self, like: Tensor, device: int, stream: int) -> None:
+    def __init__(self, like: Tensor, device: int, stream: int, parameters: Sequence[Tensor] = ()) -> None:
         self.shape = tuple(like.shape)
         self.batch, self.channels = self.shape[:2]
         self.dtype = like.dtype
@@ -69,9 +101,13 @@ class Machine:
         self.device = device
         self.stream = stream
         self.arch = tuning.architecture(device)
+        self.processors = tuning.processors(device)
         self.kind = tuning.kind(like.dtype)
         self.precision = "tf32" if self.kind == "tf32" else "ieee"
         self.shrink = HALF_SHRINK if like.dtype == torch.float16 else 1.0
+        # The dtypes of all pointers follow from these.
+        self._key = (device, like.dtype, *(parameter.dtype for parameter in parameters))
+        self._scratch: dict[tuple[Any, ...], Tensor] = {}
 
     def tiling(self, kernel: str, geometry: Geometry) -> Tiling | None:
         """The launch table's entry for a kernel."""
@@ -81,17 +117,18 @@ class Machine:
         """Room on the device."""
         return self.like.new_empty(shape, dtype=dtype or self.precise)
 
-    def parts(self, chunks: int, blocks: int, tiling: Tiling) -> int:
-        """How many programs of a sample share ``chunks``, where ``blocks`` do so for each sample."""
-        wanted = tuning.processors(self.device) * tiling.programs // (self.batch * blocks)
-        return max(1, min(wanted, chunks // CHUNKS_PER_PROGRAM))
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Room under a name: later steps get the same, which they may, because kernels run one after the other."""
+        room = self._scratch.get((name, shape))
+        if room is None:
+            room = self._scratch[name, shape] = self.empty(*shape, dtype=dtype)
+        return room
 
     def launch(
-        self, kernel: Any, programs: int, tiling: tuple[int, int], arguments: Sequence[Any], *constants: Any
+        self, kernel: Any, programs: int, options: tuple[int, int], arguments: Sequence[Any], *constants: Any
     ) -> None:
         """Launches a kernel with ``(warps, stages)``; pointers come first, then numbers, then constants."""
-        dtypes = tuple(argument.dtype for argument in arguments if isinstance(argument, Tensor))
-        bind(kernel, self.device, dtypes, *tiling, *constants)(programs, self.stream, *arguments)
+        bind(kernel, self._key, *options, *constants)(programs, self.stream, *arguments)
 
     def launch_rows(self, kernel: Any, arguments: Sequence[Any], padded: int, *constants: Any) -> None:
         """Launches a kernel on the rows of maps, a program for each: they are few, and so are kept busy together."""
@@ -104,73 +141,64 @@ class Machine:
         """The map ``(N, S, S)`` from partial logits, and its padded copy in the volumes' dtype."""
         parts, padded = partial.shape[1:3]
         attention = self.empty(self.batch, slices, slices)
-        rounded = self.empty(self.batch, padded, padded, dtype=self.dtype)
-        self.launch_rows(
-            maps.softmax_kernel, (partial, attention, rounded, slices, parts), padded, parts_at_once(padded)
-        )
+        rounded = self.scratch("rounded", self.batch, padded, padded, dtype=self.dtype)
+        arguments = (partial, attention, rounded, slices, parts)
+        self.launch_rows(maps.softmax_kernel, arguments, padded, parts_at_once(padded))
         return attention, rounded
 
     def round(self, attention: Tensor, *tilings: Tiling) -> Tensor:
         """The padded copy of a map in the volumes' dtype, for kernels with these tilings."""
         slices = attention.shape[1]
         padded = tuning.padded(slices, *tilings)
-        rounded = self.empty(self.batch, padded, padded, dtype=self.dtype)
+        rounded = self.scratch("rounded", self.batch, padded, padded, dtype=self.dtype)
         self.launch_rows(maps.round_kernel, (attention, rounded, slices), padded)
         return rounded
 
-    def softmax_backward(self, partial: Tensor, attention: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The padded gradient of the logits, and ``rowsum(A * D)`` ``(N, SP)``."""
+    def softmax_backward(
+        self, partial: Tensor, attention: Tensor, betas: Tensor | None = None, step: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The padded gradient of the logits, and ``rowsum(A * D)`` ``(N, SP)``; without betas they count as one."""
         parts, padded = partial.shape[1:3]
-        grad_logits = self.empty(self.batch, padded, padded, dtype=self.dtype)
+        grad_logits = self.scratch("grad_logits", self.batch, padded, padded, dtype=self.dtype)
         row_dots = self.empty(self.batch, padded)
-        scale = row_dots if beta is None else beta
-        self.launch_rows(
-            maps.softmax_backward_kernel,
-            (partial, attention, scale, grad_logits, row_dots, attention.shape[1], parts),
-            padded,
-            parts_at_once(padded),
-            beta is not None,
-        )
+        scales = row_dots if betas is None else betas
+        arguments = (partial, attention, scales, grad_logits, row_dots, step, attention.shape[1], parts)
+        constants = (parts_at_once(padded), betas is not None)
+        self.launch_rows(maps.softmax_backward_kernel, arguments, padded, *constants)
         return grad_logits, row_dots
 
     # Narrow --------------------------------------------------------------------------------------------------------
 
-    def fold(self, weights: Projections, columns: int) -> NarrowWeights:
+    def fold(self, weights: Projections, columns: int) -> Folded:
         """Block-diagonal weights."""
-        m = self.empty(3, columns, columns, dtype=self.dtype)
-        u = self.empty(2, columns)
+        folded = Folded(self.empty(3, columns, columns, dtype=self.dtype), self.empty(2, columns))
         theta_weight, theta_bias, phi_weight, _, g_weight, g_bias = weights
         tile = columns if INTERPRETED else FOLD_TILE
         self.launch(
             narrow.fold_kernel,
             (columns // tile) ** 2,
             (4, 1),
-            (theta_weight, theta_bias, phi_weight, g_weight, g_bias, m, m[2], u, u[1]),
-            self.channels,
-            columns // self.channels,
-            columns,
-            tile,
+            (theta_weight, theta_bias, phi_weight, g_weight, g_bias, *folded),
+            *(self.channels, columns // self.channels, columns, tile),
         )
-        return NarrowWeights(m[:2], m[2], u[0], u[1])
+        return folded
 
-    def narrow_cut(self, geometry: Geometry, tiling: Tiling, padded: int) -> tuple[int, int, int, int]:
-        """Positions in a tile, chunks, parts, programs."""
-        places = tiling.columns // self.channels
-        chunks = geometry.outer * -(-geometry.inner // places)
-        blocks = padded // tiling.rows
-        parts = self.parts(chunks, blocks, tiling)
-        return places, chunks, parts, parts * blocks * self.batch
+    def _narrow_cut(self, geometry: Geometry, tiling: Tiling, blocks: int) -> tuple[Cut, tuple[int, ...]]:
+        """The cut, and the numbers that every kernel of the narrow regime takes."""
+        made = cut(geometry, tiling, self.channels, self.batch, blocks, self.processors)
+        return made, (geometry.slices, geometry.inner, made.chunks, made.parts, *geometry.strides)
 
-    def narrow_map(self, x: Tensor, weights: NarrowWeights, geometry: Geometry, tiling: Tiling, padded: int) -> Tensor:
+    def narrow_map(self, x: Tensor, folded: Folded, geometry: Geometry, tiling: Tiling, padded: int) -> Tensor:
         """Partial logits, padded to so many slices."""
-        places, chunks, parts, programs = self.narrow_cut(geometry, tiling, padded)
-        partial = self.empty(self.batch, parts, padded, padded)
+        blocks = padded // tiling.rows
+        made, numbers = self._narrow_cut(geometry, tiling, blocks)
+        partial = self.scratch("partial", self.batch, made.parts, padded, padded)
         self.launch(
             narrow.map_kernel,
-            programs,
+            made.parts * blocks * self.batch,
             (tiling.warps, tiling.stages),
-            (x, weights.m, weights.u, partial, geometry.slices, geometry.inner, chunks, parts, *geometry.strides),
-            *(self.channels, places, tiling.columns, padded, tiling.rows, geometry.flat),
+            (x, *folded, partial, *numbers),
+            *(self.channels, made.places, tiling.columns, padded, tiling.rows, geometry.flat),
             *(tiling.split, self.shrink, self.precision),
         )
         return partial
@@ -179,71 +207,112 @@ class Machine:
         self,
         x: Tensor,
         rounded: Tensor,
-        weights: NarrowWeights,
-        beta: Tensor,
+        folded: Folded,
+        betas: Tensor,
+        step: int,
         out: Tensor,
         geometry: Geometry,
         tiling: Tiling,
     ) -> None:
         """``out = x + beta (Wv A x + bv)``."""
         padded = rounded.shape[1]
-        places, chunks, parts, programs = self.narrow_cut(geometry, tiling, padded)
+        blocks = padded // tiling.rows
+        made, numbers = self._narrow_cut(geometry, tiling, blocks)
         self.launch(
             narrow.mix_kernel,
-            programs,
+            made.parts * blocks * self.batch,
             (tiling.warps, tiling.stages),
-            (
-                *(x, rounded, weights.w, weights.b, beta, out),
-                *(geometry.slices, geometry.inner, chunks, parts, *geometry.strides),
-            ),
-            *(self.channels, places, tiling.columns, padded, tiling.rows, geometry.flat, self.precision),
+            (x, rounded, *folded, betas, out, step, *numbers),
+            *(self.channels, made.places, tiling.columns, padded, tiling.rows, geometry.flat, self.precision),
         )
+
+    def narrow_map_backward(
+        self, x: Tensor, grad: Tensor, rounded: Tensor, folded: Folded, geometry: Geometry, tiling: Tiling, need: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Partial ``D``; with ``need`` partial gradients of the value projection; partial sums of the gradient."""
+        padded = rounded.shape[1]
+        made, numbers = self._narrow_cut(geometry, tiling, 1)
+        partial = self.scratch("partial", self.batch, made.parts, padded, padded)
+        sums = self._narrow_sums(made, tiling)
+        self.launch(
+            narrow.map_backward_kernel,
+            made.parts * self.batch,
+            (tiling.warps, tiling.stages),
+            (x, grad, rounded, folded.matrices, partial, *sums, *numbers),
+            *(self.channels, made.places, tiling.columns, padded, geometry.flat, need, self.precision),
+        )
+        return partial, *sums
+
+    def narrow_mix_backward(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        rounded: Tensor,
+        grad_logits: Tensor,
+        folded: Folded,
+        betas: Tensor,
+        step: int,
+        grad_x: Tensor | None,
+        geometry: Geometry,
+        tiling: Tiling,
+        need: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Fills ``grad_x``; with ``need`` returns partial gradients of M and u."""
+        made, numbers = self._narrow_cut(geometry, tiling, 1)
+        sums = self._narrow_sums(made, tiling)
+        target = x if grad_x is None else grad_x
+        self.launch(
+            narrow.mix_backward_kernel,
+            made.parts * self.batch,
+            (tiling.warps, tiling.stages),
+            (x, grad, rounded, grad_logits, *folded, betas, target, *sums, step, *numbers),
+            *(self.channels, made.places, tiling.columns, rounded.shape[1], geometry.flat),
+            *(grad_x is not None, need, self.precision),
+        )
+        return sums
+
+    def _narrow_sums(self, made: Cut, tiling: Tiling) -> tuple[Tensor, Tensor]:
+        """Room for a matrix and a vector of each program's."""
+        programs, columns = self.batch * made.parts, tiling.columns
+        return self.scratch("matrices", programs, columns, columns), self.scratch("vectors", programs, columns)
 
     def unfold(
         self,
-        matrices: Tensor,
-        vectors: Tensor,
-        beta: Tensor,
+        sums: tuple[Tensor, Tensor],
+        betas: Tensor,
+        step: int,
         total: Tensor,
         total_vector: Tensor,
         matrix: bool,
         scaled: bool,
     ) -> None:
         """Adds partial gradients of block-diagonal weights to those of the folded ones."""
-        parts, columns = vectors.shape
+        parts, columns = sums[1].shape
         width = tuning.bucket(self.channels)
         rows = width if INTERPRETED else 1
         self.launch(
             narrow.unfold_kernel,
             -(-self.channels // rows) if matrix else 1,
             (4, 1),
-            (matrices, vectors, beta, total, total_vector, parts),
+            (*sums, betas, total, total_vector, step, parts),
             *(self.channels, columns // self.channels, columns, width, rows, parts_at_once(width), matrix, scaled),
         )
 
     # Wide ----------------------------------------------------------------------------------------------------------
 
-    def wide_cut(self, geometry: Geometry, tiling: Tiling) -> tuple[int, int, int]:
-        """Channels and positions in a tile, chunks."""
-        channels = min(self.channels, tiling.columns)
-        places = tiling.columns // channels
-        chunks = geometry.outer * -(-geometry.inner // places) * -(-self.channels // channels)
-        return channels, places, chunks
-
     def contract(self, left: Tensor, right: Tensor, geometry: Geometry, shrink: float = 1.0) -> Tensor:
         """Partial maps ``<left_i, right_j> / shrink`` of packed volumes, or of rows ``(V, C)`` of a wider matrix."""
         tiling = self.tiling("contract", geometry)
         padded = tuning.bucket(geometry.slices)
-        channels, places, chunks = self.wide_cut(geometry, tiling)
         blocks = (-(-geometry.slices // tiling.rows)) ** 2
-        parts = self.parts(chunks, blocks, tiling)
-        partial = self.empty(self.batch, parts, padded, padded)
+        made = cut(geometry, tiling, self.channels, self.batch, blocks, self.processors)
+        partial = self.scratch("partial", self.batch, made.parts, padded, padded)
         self.launch(
             wide.contract_kernel,
-            blocks * parts * self.batch,
+            blocks * made.parts * self.batch,
             (tiling.warps, tiling.stages),
-            (left, right, partial, geometry.slices, geometry.inner, chunks, parts, *geometry.strides),
-            *(self.channels, channels, places, tiling.columns, padded, tiling.rows, tiling.rows),
+            (left, right, partial, geometry.slices, geometry.inner, made.chunks, made.parts, *geometry.strides),
+            *(self.channels, made.channels, made.places, tiling.columns, padded, tiling.rows, tiling.rows),
             *(_row(left), _row(right), shrink, self.precision),
         )
         return partial
@@ -255,25 +324,27 @@ class Machine:
         out: Tensor,
         geometry: Geometry,
         transposed: bool = False,
-        base: tuple[Tensor, Tensor] | None = None,
+        base: tuple[Tensor, Tensor, int] | None = None,
         rank_one: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """``out = A volume``; with ``base = (x, beta)`` ``x + beta A volume``; with ``rank_one`` their product more."""
+        """``out = A volume``.
+
+        With ``base = (x, betas, step)`` it is ``x + beta A volume``; with ``rank_one = (a, b)``, ``(N, SP)`` over
+        slices and ``(C,)``, their product is added.
+        """
         tiling = self.tiling("mix_slices", geometry)
-        padded = matrix.shape[1]
-        channels, places, chunks = self.wide_cut(geometry, tiling)
-        rest, beta = base or (volume, matrix)
-        row_scale, vector = rank_one or (matrix, matrix)
+        made = cut(geometry, tiling, self.channels, self.batch, 1, self.processors)
+        rest, betas, step = base or (volume, matrix, 0)
         blocks = -(-geometry.slices // tiling.rows)
         self.launch(
             wide.mix_kernel,
-            blocks * chunks * self.batch,
+            blocks * made.chunks * self.batch,
             (tiling.warps, tiling.stages),
             (
-                *(volume, matrix, rest, beta, row_scale, vector, out),
-                *(geometry.slices, geometry.inner, chunks, *geometry.strides),
+                *(volume, matrix, rest, betas, *(rank_one or (matrix, matrix)), out),
+                *(step, geometry.slices, geometry.inner, made.chunks, *geometry.strides),
             ),
-            *(self.channels, channels, places, tiling.columns, padded, tiling.rows, tiling.rows),
+            *(self.channels, made.channels, made.places, tiling.columns, matrix.shape[1], tiling.rows, tiling.rows),
             *(transposed, base is not None, rank_one is not None, _row(volume), _row(out), self.precision),
         )
 
@@ -281,39 +352,28 @@ class Machine:
         self,
         partial: Tensor,
         value: Tensor,
-        base: Tensor,
-        beta: Tensor,
+        base: tuple[Tensor, Tensor, int],
         out: Tensor,
         geometry: Geometry,
         tiling: Tiling,
     ) -> Tensor:
-        """Softmax and ``out = base + beta A value`` in one launch; returns the map."""
-        parts, padded = partial.shape[1:3]
-        channels, places, chunks = self.wide_cut(geometry, tiling)
-        programs = self.parts(chunks, 1, tiling)
+        """Softmax and ``out = x + beta A value`` in one launch; returns the map."""
+        maps_to_sum, padded = partial.shape[1:3]
+        made = cut(geometry, tiling, self.channels, self.batch, 1, self.processors)
         attention = self.empty(self.batch, geometry.slices, geometry.slices)
+        x, betas, step = base
         self.launch(
             wide.softmax_mix_kernel,
-            programs * self.batch,
+            made.parts * self.batch,
             (tiling.warps, tiling.stages),
             (
-                *(partial, attention, value, base, beta, out),
-                *(geometry.slices, geometry.inner, chunks, parts, programs, *geometry.strides),
+                *(partial, attention, value, x, betas, out),
+                *(step, geometry.slices, geometry.inner, made.chunks, maps_to_sum, made.parts, *geometry.strides),
             ),
-            *(self.channels, channels, places, tiling.columns, padded, parts_at_once(padded**2)),
+            *(self.channels, made.channels, made.places, tiling.columns, padded, parts_at_once(padded**2)),
             *(_row(value), self.precision),
         )
         return attention
-
-
-def parts_at_once(elements: int) -> int:
-    """How many parts of so many elements a program sums at a time."""
-    return max(1, min(64, ROW_ELEMENTS // elements))
-
-
-def _row(volume: Tensor) -> int:
-    """Elements from a voxel to the next in memory."""
-    return volume.stride(0) if volume.dim() == 2 else volume.shape[1]
 
 
 class Weights:
@@ -321,28 +381,19 @@ class Weights:
 
     Args:
         machine: launches the kernels.
-        weights: the published ones.
+        weights: the published ones, with the factor on the logits in the query's.
         betas: one per step.
-        scale: factor on the logits.
     """
 
-    def __init__(self, machine: Machine, weights: Projections, betas: Tensor, scale: float) -> None:
-        if scale != 1:
-            weights = weights._replace(
-                theta_weight=weights.theta_weight.to(machine.precise) * scale,
-                theta_bias=weights.theta_bias.to(machine.precise) * scale,
-            )
+    def __init__(self, machine: Machine, weights: Projections, betas: Tensor) -> None:
         self.published = Projections(*(weight.contiguous() for weight in weights))
         self.betas = betas.contiguous()
         self._machine = machine
-        self._narrow: dict[int, NarrowWeights] = {}
+        self._narrow: dict[int, Folded] = {}
         self._wide: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._both: tuple[Tensor, Tensor] | None = None
 
-    def beta(self, step: int) -> Tensor:
-        """The scale of a step: ``(1,)``."""
-        return self.betas[step : step + 1]
-
-    def narrow(self, columns: int) -> NarrowWeights:
+    def narrow(self, columns: int) -> Folded:
         """Block-diagonal, for tiles of so many columns."""
         if columns not in self._narrow:
             self._narrow[columns] = self._machine.fold(self.published, columns)
@@ -367,8 +418,18 @@ class Weights:
         if shrink != 1 or channels * rows.element_size() % ALIGNMENT:
             query = torch.addmm(u, rows, m, alpha=shrink, beta=shrink)
             return query, torch.addmm(g_bias, rows, g_weight.T)
-        both = torch.addmm(torch.cat((u, g_bias)), rows, torch.cat((m, g_weight.T), 1))
+        if self._both is None:
+            self._both = torch.cat((u, g_bias)), torch.cat((m, g_weight.T), 1)
+        both = torch.addmm(self._both[0], rows, self._both[1])
         return both[:, :channels], both[:, channels:]
+
+
+def _with_scale(weights: Projections, scale: float, dtype: torch.dtype) -> Projections:
+    """The weights with the factor on the logits in the query's."""
+    if scale == 1:
+        return weights
+    query = (part.to(accumulation_dtype(dtype)) * scale for part in weights[:2])
+    return Projections(*query, *weights[2:])
 
 
 def _forward_step(
@@ -376,35 +437,52 @@ def _forward_step(
 ) -> tuple[Tensor, Tensor]:
     """One step; returns its output, in ``target`` where that can be, and its map. ``target`` may be ``x``."""
     shape = geometry(machine.shape, axis)
-    beta = weights.beta(step)
-    map_tiling, mix_tiling = (machine.tiling(kernel, shape) for kernel in ("map", "mix"))
-    if map_tiling and mix_tiling:
-        padded = tuning.padded(shape.slices, map_tiling, mix_tiling)
-        partial = machine.narrow_map(x, weights.narrow(map_tiling.columns), shape, map_tiling, padded)
+    first, second = machine.tiling("map", shape), machine.tiling("mix", shape)
+    if first and second:
+        padded = tuning.padded(shape.slices, first, second)
+        partial = machine.narrow_map(x, weights.narrow(first.columns), shape, first, padded)
         attention, rounded = machine.softmax(partial, shape.slices)
-        if target is None or (target is x and mix_tiling.rows < rounded.shape[1]):
+        if target is None or (target is x and second.rows < padded):
             target = empty_packed(machine.shape, x)
-        machine.narrow_mix(x, rounded, weights.narrow(mix_tiling.columns), beta, target, shape, mix_tiling)
+        folded = weights.narrow(second.columns)
+        machine.narrow_mix(x, rounded, folded, weights.betas, step, target, shape, second)
         return target, attention
     if target is None:
         target = empty_packed(machine.shape, x)
-    query, value = weights.project(_rows_of(x))
+    base = (x, weights.betas, step)
+    query, value = weights.project(rows_of(x))
     partial = machine.contract(query, x, shape, machine.shrink)
     tiling = machine.tiling("softmax_mix", shape)
     if tiling:
-        return target, machine.softmax_mix(partial, value, x, beta, target, shape, tiling)
+        return target, machine.softmax_mix(partial, value, base, target, shape, tiling)
     attention, rounded = machine.softmax(partial, shape.slices)
-    machine.mix(rounded, value, target, shape, base=(x, beta))
+    machine.mix(rounded, value, target, shape, base=base)
     return target, attention
+
+
+def _remix(machine: Machine, weights: Weights, step: int, x: Tensor, attention: Tensor, axis: int) -> Tensor:
+    """What a step puts out, from its kept map."""
+    shape = geometry(machine.shape, axis)
+    out = empty_packed(machine.shape, x)
+    tiling = machine.tiling("mix", shape)
+    if tiling:
+        rounded = machine.round(attention, tiling)
+        machine.narrow_mix(x, rounded, weights.narrow(tiling.columns), weights.betas, step, out, shape, tiling)
+    else:
+        _, _, g_weight, g_bias = weights.wide()
+        value = torch.addmm(g_bias, rows_of(x), g_weight.T)
+        machine.mix(machine.round(attention), value, out, shape, base=(x, weights.betas, step))
+    return out
 
 
 def recurrent_slice_attention(
     x: Tensor, weights: Projections, betas: Tensor, axes: Sequence[int], scale: float, keep_inputs: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The whole block; see :mod:`rsa_kernels.ops` for the contract that all backends keep."""
-    with on_device(x) as (device, stream):
-        machine = Machine(x, device, stream)
-        prepared = Weights(machine, weights, betas, scale)
+    with OnDevice(x) as (device, stream):
+        weights = _with_scale(weights, scale, x.dtype)
+        machine = Machine(x, device, stream, (*weights, betas))
+        prepared = Weights(machine, weights, betas)
         volume = pack(x, device, stream)
         maps, inputs = [], []
         for step, axis in enumerate(axes):
@@ -424,137 +502,84 @@ class Totals(NamedTuple):
     m: Tensor
     u: Tensor
     g_weight: Tensor
-    grad_sums: list[Tensor]
-    """Per step, the sum of the upstream gradient over voxels: ``(C,)``."""
+    grad_sums: Tensor
+    """For each step, the sum of the upstream gradient over voxels: ``(steps, C)``."""
     row_dots: list[Tensor]
-    """Per step, ``rowsum(A * D)``: ``(N, SP)``."""
+    """For each step, last first, ``rowsum(A * D)``: ``(N, SP)``."""
 
     @classmethod
-    def zeros(cls, machine: Machine) -> "Totals":
+    def zeros(cls, machine: Machine, steps: int) -> "Totals":
         """Sums to add to."""
         channels = machine.channels
-        zeros = machine.empty(2 * channels + 1, channels).zero_()
-        return cls(zeros[:channels], zeros[-1], zeros[channels : 2 * channels], [], [])
+        zeros = machine.empty(2 * channels + 1 + steps, channels).zero_()
+        m, g_weight, u, grad_sums = zeros.split((channels, channels, 1, steps))
+        return cls(m, u[0], g_weight, grad_sums, [])
 
 
-def _backward_step(
-    machine: Machine,
-    weights: Weights,
-    totals: Totals,
-    step: int,
-    grad: Tensor,
-    x: Tensor,
-    attention: Tensor,
-    axis: int,
-    grad_x: Tensor | None,
-    need_folded: bool,
-    need_value: bool,
-) -> None:
-    """Backward of one step; adds to ``totals`` and fills ``grad_x``, which may be ``grad`` itself."""
-    shape = geometry(machine.shape, axis)
-    tilings = [machine.tiling(kernel, shape) for kernel in ("map_backward", "mix_backward")]
-    needs = (need_folded, need_value)
-    if all(tilings):
-        _narrow_backward(machine, weights, totals, step, grad, x, attention, shape, tilings, grad_x, *needs)
-    else:
-        _wide_backward(machine, weights, totals, step, grad, x, attention, shape, grad_x, *needs)
+class Step(NamedTuple):
+    """What the backward pass of a step works on."""
+
+    index: int
+    grad: Tensor
+    """Of the step's output."""
+    x: Tensor
+    attention: Tensor
+    geometry: Geometry
+    grad_x: Tensor | None
+    """Room for the gradient of ``x``, if it is wanted; it may be ``grad``."""
+    need_folded: bool
+    """Whether the gradients of M and u are wanted."""
+    need_value: bool
+    """Whether that of the value projection is."""
 
 
 def _narrow_backward(
-    machine: Machine,
-    weights: Weights,
-    totals: Totals,
-    step: int,
-    grad: Tensor,
-    x: Tensor,
-    attention: Tensor,
-    shape: Geometry,
-    tilings: Sequence[Tiling],
-    grad_x: Tensor | None,
-    need_folded: bool,
-    need_value: bool,
+    machine: Machine, weights: Weights, totals: Totals, step: Step, first: Tiling, second: Tiling
 ) -> None:
-    beta = weights.beta(step)
-    first, second = tilings
+    index, grad, x, attention, shape, grad_x, need_folded, need_value = step
+    betas = weights.betas
     rounded = machine.round(attention, first, second)
-    padded = rounded.shape[1]
-
-    def arguments(tiling: Tiling) -> tuple[int, int, Tensor, Tensor, tuple[int, ...], tuple[Any, ...]]:
-        places, chunks, parts, programs = machine.narrow_cut(shape, tiling, padded)
-        matrices = machine.empty(machine.batch * parts, tiling.columns, tiling.columns)
-        vectors = machine.empty(machine.batch * parts, tiling.columns)
-        numbers = (shape.slices, shape.inner, chunks, parts, *shape.strides)
-        constants = (machine.channels, places, tiling.columns, padded, shape.flat)
-        return programs, parts, matrices, vectors, numbers, constants
-
-    programs, parts, matrices, vectors, numbers, constants = arguments(first)
-    partial = machine.empty(machine.batch, parts, padded, padded)
-    machine.launch(
-        narrow.map_backward_kernel,
-        programs,
-        (first.warps, first.stages),
-        (x, grad, rounded, weights.narrow(first.columns).w, partial, matrices, vectors, *numbers),
-        *(*constants, need_value, machine.precision),
-    )
-    grad_sum = machine.empty(machine.channels).zero_()
-    machine.unfold(matrices, vectors, beta, totals.g_weight, grad_sum, need_value, True)
-    totals.grad_sums.append(grad_sum)
-    grad_logits, row_dots = machine.softmax_backward(partial, attention, beta)
+    folded = weights.narrow(first.columns)
+    partial, *sums = machine.narrow_map_backward(x, grad, rounded, folded, shape, first, need_value)
+    machine.unfold(sums, betas, index, totals.g_weight, totals.grad_sums[index], need_value, True)
+    grad_logits, row_dots = machine.softmax_backward(partial, attention, betas, index)
     totals.row_dots.append(row_dots)
     if grad_x is None and not need_folded:
         return
-
-    programs, parts, matrices, vectors, numbers, constants = arguments(second)
     folded = weights.narrow(second.columns)
-    machine.launch(
-        narrow.mix_backward_kernel,
-        programs,
-        (second.warps, second.stages),
-        (
-            *(x, grad, rounded, grad_logits, folded.m, folded.w, folded.u, beta),
-            *(x if grad_x is None else grad_x, matrices, vectors, *numbers),
-        ),
-        *(*constants, grad_x is not None, need_folded, machine.precision),
+    sums = machine.narrow_mix_backward(
+        x, grad, rounded, grad_logits, folded, betas, index, grad_x, shape, second, need_folded
     )
     if need_folded:
-        machine.unfold(matrices, vectors, beta, totals.m, totals.u, True, False)
+        machine.unfold(sums, betas, index, totals.m, totals.u, True, False)
 
 
-def _wide_backward(
-    machine: Machine,
-    weights: Weights,
-    totals: Totals,
-    step: int,
-    grad: Tensor,
-    x: Tensor,
-    attention: Tensor,
-    shape: Geometry,
-    grad_x: Tensor | None,
-    need_folded: bool,
-    need_value: bool,
-) -> None:
-    beta = weights.beta(step)
+def _wide_backward(machine: Machine, weights: Weights, totals: Totals, step: Step) -> None:
+    index, grad, x, attention, shape, grad_x, need_folded, need_value = step
+    betas = weights.betas
     m, u, g_weight, _ = weights.wide()
-    rows, grad_rows = _rows_of(x), _rows_of(grad)
+    rows, grad_rows = rows_of(x), rows_of(grad)
     projected = grad_rows @ g_weight
     partial = machine.contract(projected, x, shape)
-    grad_logits, row_dots = machine.softmax_backward(partial, attention, beta)
+    grad_logits, row_dots = machine.softmax_backward(partial, attention, betas, index)
     totals.row_dots.append(row_dots)
-    totals.grad_sums.append(grad_rows.sum(0, dtype=machine.precise))
+    torch.sum(grad_rows, 0, dtype=machine.precise, out=totals.grad_sums[index])
     rounded = machine.round(attention)
-    moved = machine.empty(len(rows), machine.channels, dtype=machine.dtype)
+    moved = machine.scratch("moved", len(rows), machine.channels, dtype=machine.dtype)
     if need_value:
         machine.mix(rounded, grad, moved, shape, transposed=True)
-        totals.g_weight.addcmul_(_correlate(moved, rows), beta.to(machine.precise))
+        totals.g_weight.addcmul_(_correlate(moved, rows), betas[index].to(machine.precise))
     # dX = G + beta A^T R + (dL^T X) M + (dL X) M^T + c u, c the columns' sums of dL. From here on G may be gone.
     if grad_x is not None:
-        rank_one = (grad_logits.sum(1, dtype=machine.precise), u)
-        machine.mix(rounded, projected, grad_x, shape, transposed=True, base=(grad, beta), rank_one=rank_one)
+        base, rank_one = (grad, betas, index), (grad_logits.sum(1, dtype=machine.precise), u)
+        machine.mix(rounded, projected, grad_x, shape, transposed=True, base=base, rank_one=rank_one)
         machine.mix(grad_logits, x, moved, shape, transposed=True)
-        _rows_of(grad_x).addmm_(moved, m)
+        rows_of(grad_x).addmm_(moved, m)
+    if grad_x is None and not need_folded:
+        return
     machine.mix(grad_logits, x, moved, shape)
     if grad_x is not None:
-        _rows_of(grad_x).addmm_(moved, m.T)
+        rows_of(grad_x).addmm_(moved, m.T)
     if need_folded:
         totals.m.add_(_correlate(rows, moved))
         totals.u.add_(moved.sum(0, dtype=machine.precise))
@@ -581,72 +606,43 @@ def recurrent_slice_attention_backward(
     needs: Gradients,
 ) -> Gradients:
     """Gradients of the whole block; see :mod:`rsa_kernels.ops` for the contract that all backends keep."""
-    with on_device(x) as (device, stream):
-        machine = Machine(x, device, stream)
-        prepared = Weights(machine, weights, betas, scale)
-        inputs = [x, *(_unflat(flat, x.shape) for flat in inputs)]
-        inputs = [pack(volume, device, stream) for volume in inputs]
-        for step in range(len(inputs) - 1, len(axes) - 1):
-            inputs.append(_remix(machine, prepared, step, inputs[-1], maps[step], axes[step]))
+    with OnDevice(x) as (device, stream):
+        scaled = _with_scale(weights, scale, x.dtype)
+        machine = Machine(x, device, stream, (*scaled, betas))
+        prepared = Weights(machine, scaled, betas)
+        volumes = [pack(volume, device, stream) for volume in (x, *(_unflat(flat, x.shape) for flat in inputs))]
+        for step in range(len(volumes) - 1, len(axes) - 1):
+            volumes.append(_remix(machine, prepared, step, volumes[-1], maps[step], axes[step]))
 
         need_folded = bool(needs.theta_weight or needs.theta_bias or needs.phi_weight)
-        totals = Totals.zeros(machine)
+        totals = Totals.zeros(machine, len(axes))
         upstream = pack(grad, device, stream)
-        grad_x = None
-        for step in reversed(range(len(axes))):
-            # Every step but the last reads and writes the one buffer of ours: the caller's gradient stays as it is.
-            if grad_x is None and (step > 0 or needs.x):
-                own = upstream.data_ptr() != grad.data_ptr()
-                grad_x = upstream if own else empty_packed(machine.shape, x)
-            target = grad_x if step > 0 or needs.x else None
-            _backward_step(
-                machine,
-                prepared,
-                totals,
-                step,
-                upstream,
-                inputs.pop(),
-                maps[step],
-                axes[step],
-                target,
-                need_folded,
-                bool(needs.g_weight),
-            )
+        # Every step but the last reads and writes the one buffer of ours: the caller's gradient stays as it is.
+        grad_x = upstream if upstream.data_ptr() != grad.data_ptr() else None
+        for index in reversed(range(len(axes))):
+            wanted = index > 0 or needs.x
+            if grad_x is None and wanted:
+                grad_x = empty_packed(machine.shape, x)
+            shape = geometry(machine.shape, axes[index])
+            target = grad_x if wanted else None
+            step = Step(index, upstream, volumes.pop(), maps[index], shape, target, need_folded, bool(needs.g_weight))
+            first, second = machine.tiling("map_backward", shape), machine.tiling("mix_backward", shape)
+            if first and second:
+                _narrow_backward(machine, prepared, totals, step, first, second)
+            else:
+                _wide_backward(machine, prepared, totals, step)
             upstream = grad_x
-        return _collect(machine, prepared, totals, weights, scale, needs, need_folded)._replace(
-            x=unpack(grad_x, x, device, stream) if needs.x else None
-        )
-
-
-def _remix(machine: Machine, weights: Weights, step: int, x: Tensor, attention: Tensor, axis: int) -> Tensor:
-    """What a step puts out, from its kept map."""
-    shape = geometry(machine.shape, axis)
-    out = empty_packed(machine.shape, x)
-    tilings = [machine.tiling(kernel, shape) for kernel in ("map", "mix")]
-    rounded = machine.round(attention, *(tilings if all(tilings) else ()))
-    if all(tilings):
-        folded = weights.narrow(tilings[1].columns)
-        machine.narrow_mix(x, rounded, folded, weights.beta(step), out, shape, tilings[1])
-    else:
-        _, _, g_weight, g_bias = weights.wide()
-        value = torch.addmm(g_bias, _rows_of(x), g_weight.T)
-        machine.mix(rounded, value, out, shape, base=(x, weights.beta(step)))
-    return out
+        gradients = _collect(machine, prepared, totals, weights, scale, needs)
+        return gradients._replace(x=unpack(grad_x, x, device, stream) if needs.x else None)
 
 
 def _collect(
-    machine: Machine,
-    prepared: Weights,
-    totals: Totals,
-    weights: Projections,
-    scale: float,
-    needs: Gradients,
-    need_folded: bool,
+    machine: Machine, prepared: Weights, totals: Totals, weights: Projections, scale: float, needs: Gradients
 ) -> Gradients:
     """The published weights' gradients from those of the folded ones."""
     precise = machine.precise
     result = dict.fromkeys(Gradients._fields)
-    if need_folded:
+    if needs.theta_weight or needs.theta_bias or needs.phi_weight:
         theta_weight, theta_bias, phi_weight, *_ = (weight.to(precise) for weight in weights)
         result["theta_weight"], result["theta_bias"], result["phi_weight"] = fold_backward(
             totals.m, totals.u, theta_weight, theta_bias, phi_weight, scale
@@ -654,16 +650,15 @@ def _collect(
     result["phi_bias"] = torch.zeros_like(weights.phi_bias)
     result["g_weight"] = totals.g_weight
     if needs.g_bias or needs.betas:
-        grad_sums = torch.stack(totals.grad_sums[::-1])
         dots = torch.stack([dots.sum() for dots in reversed(totals.row_dots)])
-        result["g_bias"] = prepared.betas.to(precise) @ grad_sums
-        result["betas"] = dots + grad_sums @ weights.g_bias.to(precise)
+        result["g_bias"] = prepared.betas.to(precise) @ totals.grad_sums
+        result["betas"] = dots + totals.grad_sums @ weights.g_bias.to(precise)
     return Gradients(**result)
 
 
 def slice_attention(query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float) -> tuple[Tensor, Tensor]:
     """The parameter-free core; see :mod:`rsa_kernels.ops` for the contract that all backends keep."""
-    with on_device(query) as (device, stream):
+    with OnDevice(query) as (device, stream):
         machine = Machine(query, device, stream)
         shape = geometry(machine.shape, axis)
         packed_query, packed_key, packed_value = (pack(volume, device, stream) for volume in (query, key, value))
@@ -689,7 +684,7 @@ def slice_attention_backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of query, key and value, where needed."""
-    with on_device(query) as (device, stream):
+    with OnDevice(query) as (device, stream):
         machine = Machine(query, device, stream)
         shape = geometry(machine.shape, axis)
         upstream = pack(grad, device, stream)
@@ -702,7 +697,7 @@ def slice_attention_backward(
 
         if needs[0] or needs[1]:
             partial = machine.contract(upstream, pack(value, device, stream), shape)
-            grad_logits, _ = machine.softmax_backward(_scaled(partial, scale), attention, None)
+            grad_logits, _ = machine.softmax_backward(_scaled(partial, scale), attention)
             if needs[0]:
                 grads[0] = mix(grad_logits, key, query, False)
             if needs[1]:

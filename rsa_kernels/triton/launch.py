@@ -6,9 +6,6 @@ because nothing else can matter: numbers are never specialised (see :func:`~rsa_
 pointer is aligned to 16 bytes (:mod:`~rsa_kernels.triton.volumes` sees to it).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,18 +34,41 @@ class Bound:
         self._compiled[(programs, 1, 1)](*arguments, *self._constants, stream=stream)
 
 
-@cache
-def bind(kernel: Any, device: int, dtypes: tuple[torch.dtype, ...], warps: int, stages: int, *constants: Any) -> Bound:
-    """The kernel for a device, the dtypes of its pointers, and its constants in the order of its parameters."""
-    return Bound(kernel, warps, stages, constants)
+_bound: dict[tuple[Any, ...], Bound] = {}
 
 
-@contextmanager
-def on_device(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Makes a tensor's device current; yields its index and its current stream."""
-    if not tensor.is_cuda:
-        yield 0, 0
-        return
-    index = tensor.device.index
-    with torch.cuda.device(index):
-        yield index, torch._C._cuda_getCurrentRawStream(index)
+def bind(kernel: Any, key: tuple[Any, ...], warps: int, stages: int, *constants: Any) -> Bound:
+    """The kernel with its constants in the order of its parameters.
+
+    Args:
+        kernel: a kernel of this package.
+        key: the device's index, and what the dtypes of the kernel's pointers follow from.
+        warps: per program.
+        stages: of the software pipeline.
+        constants: what it is compiled for.
+    """
+    entry = (id(kernel), key, warps, stages, constants)
+    found = _bound.get(entry)
+    if found is None:
+        found = _bound[entry] = Bound(kernel, warps, stages, constants)
+    return found
+
+
+class OnDevice:
+    """Makes a tensor's device current for a ``with`` block; enters with its index and its current stream."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._index = tensor.device.index if tensor.is_cuda else None
+        self._guard = None
+
+    def __enter__(self) -> tuple[int, int]:
+        if self._index is None:
+            return 0, 0
+        if torch.cuda.current_device() != self._index:
+            self._guard = torch.cuda.device(self._index)
+            self._guard.__enter__()
+        return self._index, torch._C._cuda_getCurrentRawStream(self._index)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._guard is not None:
+            self._guard.__exit__(*exception)

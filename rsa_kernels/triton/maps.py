@@ -91,13 +91,14 @@ def round_kernel(attention, rounded, slices: tl.int32, SP: tl.constexpr, BR: tl.
     tl.store(rounded + place, round_rows(weights, j, rounded))
 
 
-@kernel("attention", "beta")
+@kernel("attention", "betas")
 def softmax_backward_kernel(
     partial,
     attention,
-    beta,
+    betas,
     rounded,
     row_dots,
+    step: tl.int32,
     slices: tl.int32,
     parts: tl.int32,
     SP: tl.constexpr,
@@ -108,7 +109,7 @@ def softmax_backward_kernel(
     """``dL = beta * A * (D - rowsum(A * D))`` from partial ``D``, padded and rounded; and ``rowsum(A * D)``.
 
     One program per ``BR`` rows. ``rounded`` ``(N, SP, SP)`` is written whole, ``row_dots`` ``(N, SP)`` too. Without
-    ``SCALED`` there is no beta.
+    ``SCALED`` there are no betas.
     """
     n, i, j, inside, place = rows_of_program(slices, SP, BR)
     contracted = sum_partial(partial, n, i, j, inside, parts, SP, NQ)
@@ -116,6 +117,6 @@ def softmax_backward_kernel(
     row_dot = tl.sum(weights * contracted, 1)
     grad = weights * (contracted - row_dot[:, None])
     if SCALED:
-        grad *= tl.load(beta).to(grad.dtype)
+        grad *= tl.load(betas + step).to(grad.dtype)
     tl.store(rounded + place, round_rows(grad, j, rounded))
     tl.store(row_dots + n * SP + i, row_dot)

@@ -8,6 +8,7 @@ With slices in rows, ``Q' = X M + u`` and ``Y = Z W + b`` where ``M = theta^T ph
 along the diagonal once per position of a tile.
 """
 
+import triton
 import triton.language as tl
 
 from rsa_kernels.triton.tiles import columns, dot, kernel, places, product
@@ -20,10 +21,8 @@ def fold_kernel(
     phi,
     g,
     g_bias,
-    m,
-    w,
-    u,
-    b,
+    matrices,
+    vectors,
     C: tl.constexpr,
     PB: tl.constexpr,
     K: tl.constexpr,
@@ -31,14 +30,15 @@ def fold_kernel(
 ):
     """The block-diagonal weights from the published ones: one program per ``T x T`` tile of ``(K, K)``.
 
-    ``m`` ``(2, K, K)`` holds M rounded to the dtype of the volumes, then what rounding took from it.
+    ``matrices`` ``(3, K, K)``, in the dtype of the volumes, holds M, what rounding took from it, and W; ``vectors``
+    ``(2, K)``, not rounded, u and b. The other kernels take both as they are.
     """
     tiles: tl.constexpr = K // T
     row = tl.program_id(0) // tiles * T + tl.arange(0, T)
     column = tl.program_id(0) % tiles * T + tl.arange(0, T)
     row_exists = row < PB * C
     column_exists = column < PB * C
-    dtype = u.dtype.element_ty
+    dtype = vectors.dtype.element_ty
     folded = tl.zeros((T, T), dtype)
     folded_bias = tl.zeros((T,), dtype)
     for first in range(0, C, T):
@@ -56,21 +56,21 @@ def fold_kernel(
     same_place = (row[:, None] // C == column[None, :] // C) & row_exists[:, None] & column_exists[None, :]
     folded = tl.where(same_place, folded, 0.0)
     value = tl.load(g + (column[None, :] % C) * C + row[:, None] % C, mask=same_place, other=0.0).to(dtype)
-    high = folded.to(m.dtype.element_ty)
+    high = folded.to(matrices.dtype.element_ty)
     place = row[:, None] * K + column[None, :]
-    tl.store(m + place, high)
-    tl.store(m + K * K + place, (folded - high.to(dtype)).to(m.dtype.element_ty))
-    tl.store(w + place, value.to(w.dtype.element_ty))
+    tl.store(matrices + place, high)
+    tl.store(matrices + K * K + place, (folded - high.to(dtype)).to(high.dtype))
+    tl.store(matrices + 2 * K * K + place, value.to(high.dtype))
     if tl.program_id(0) < tiles:
-        tl.store(u + column, tl.where(column_exists, folded_bias, 0.0))
-        tl.store(b + column, tl.load(g_bias + column % C, mask=column_exists, other=0.0).to(dtype))
+        tl.store(vectors + column, tl.where(column_exists, folded_bias, 0.0))
+        tl.store(vectors + K + column, tl.load(g_bias + column % C, mask=column_exists, other=0.0).to(dtype))
 
 
 @kernel()
 def map_kernel(
     x,
-    m,
-    u,
+    matrices,
+    vectors,
     partial,
     slices: tl.int32,
     P2: tl.int32,
@@ -104,10 +104,10 @@ def map_kernel(
     j = tl.arange(0, SP)
     i = block * BI + tl.arange(0, BI)
     k = tl.arange(0, K)
-    weights = tl.load(m + k[:, None] * K + k[None, :])
+    weights = tl.load(matrices + k[:, None] * K + k[None, :])
     if SPLIT:
-        weights_low = tl.load(m + K * K + k[:, None] * K + k[None, :])
-    bias = tl.load(u + k)
+        weights_low = tl.load(matrices + K * K + k[:, None] * K + k[None, :])
+    bias = tl.load(vectors + k)
     logits = tl.zeros((BI, SP), partial.dtype.element_ty)
     for chunk in range(part, chunks, parts):
         start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
@@ -134,14 +134,15 @@ def map_kernel(
     tl.store(partial + (n * parts + part) * SP * SP + i[:, None] * SP + j[None, :], logits / SHRINK)
 
 
-@kernel("beta")
+@kernel("betas")
 def mix_kernel(
     x,
     attention,
-    w,
-    b,
-    beta,
+    matrices,
+    vectors,
+    betas,
     out,
+    step: tl.int32,
     slices: tl.int32,
     P2: tl.int32,
     chunks: tl.int32,
@@ -168,9 +169,9 @@ def mix_kernel(
     j = tl.arange(0, SP)
     i = block * BI + tl.arange(0, BI)
     k = tl.arange(0, K)
-    weights = tl.load(w + k[:, None] * K + k[None, :])
-    bias = tl.load(b + k)
-    scale = tl.load(beta).to(bias.dtype)
+    weights = tl.load(matrices + 2 * K * K + k[:, None] * K + k[None, :])
+    bias = tl.load(vectors + K + k)
+    scale = tl.load(betas + step).to(bias.dtype)
     mixing = tl.load(attention + n * SP * SP + i[:, None] * SP + j[None, :])
     for chunk in range(part, chunks, parts):
         start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
@@ -200,7 +201,7 @@ def map_backward_kernel(
     x,
     grad,
     attention,
-    w,
+    matrices,
     partial,
     partial_w,
     partial_b,
@@ -231,7 +232,7 @@ def map_backward_kernel(
     grad += n * vn * C
     j = tl.arange(0, SP)
     k = tl.arange(0, K)
-    weights = tl.load(w + k[:, None] * K + k[None, :])
+    weights = tl.load(matrices + 2 * K * K + k[:, None] * K + k[None, :])
     if WEIGHTS:
         mixing = tl.load(attention + n * SP * SP + j[:, None] * SP + j[None, :])
     contracted = tl.zeros((SP, SP), partial.dtype.element_ty)
@@ -256,19 +257,19 @@ def map_backward_kernel(
         tl.store(partial_w + index * K * K + k[:, None] * K + k[None, :], total_w)
 
 
-@kernel("beta")
+@kernel("betas")
 def mix_backward_kernel(
     x,
     grad,
     attention,
     grad_logits,
-    m,
-    w,
-    u,
-    beta,
+    matrices,
+    vectors,
+    betas,
     grad_x,
     partial_m,
     partial_u,
+    step: tl.int32,
     slices: tl.int32,
     P2: tl.int32,
     chunks: tl.int32,
@@ -300,14 +301,14 @@ def mix_backward_kernel(
     j = tl.arange(0, SP)
     k = tl.arange(0, K)
     square = k[:, None] * K + k[None, :]
-    folded = tl.load(m + square)
+    folded = tl.load(matrices + square)
     spread = tl.load(grad_logits + n * SP * SP + j[:, None] * SP + j[None, :])
-    bias = tl.load(u + k)
+    bias = tl.load(vectors + k)
     if VOLUME:
-        weights = tl.load(w + square)
+        weights = tl.load(matrices + 2 * K * K + square)
         mixing = tl.load(attention + n * SP * SP + j[:, None] * SP + j[None, :])
         column_sums = tl.sum(spread.to(bias.dtype), 0)
-    scale = tl.load(beta).to(bias.dtype)
+    scale = tl.load(betas + step).to(bias.dtype)
     total_m = tl.zeros((K, K), bias.dtype)
     total_u = tl.zeros((K,), bias.dtype)
     for chunk in range(part, chunks, parts):
@@ -335,13 +336,28 @@ def mix_backward_kernel(
         tl.store(partial_u + index * K + k, total_u)
 
 
-@kernel("beta", "total", "total_vector")
+@triton.jit
+def add_vectors(partial, total, parts, column, C: tl.constexpr, PB: tl.constexpr, K: tl.constexpr, NQ: tl.constexpr):
+    """Adds ``PB`` pieces of ``C`` entries from each row of ``(parts, K)`` to ``total`` ``(C,)``."""
+    q = tl.arange(0, NQ)
+    sums = tl.zeros((column.shape[0],), total.dtype.element_ty)
+    for first in range(0, parts * PB, NQ):
+        place = first + q
+        start = (place // PB) * K + (place % PB) * C
+        inside = (place[:, None] < parts * PB) & (column[None, :] < C)
+        sums += tl.sum(tl.load(partial + start[:, None] + column[None, :], mask=inside, other=0.0), 0)
+    target = total + column
+    tl.store(target, tl.load(target, mask=column < C, other=0.0) + sums, mask=column < C)
+
+
+@kernel("betas", "total", "total_vector")
 def unfold_kernel(
     partial,
     partial_vector,
-    beta,
+    betas,
     total,
     total_vector,
+    step: tl.int32,
     parts: tl.int32,
     C: tl.constexpr,
     PB: tl.constexpr,
@@ -355,7 +371,7 @@ def unfold_kernel(
     """Sums partial gradients of block-diagonal weights in a fixed order: a program for ``BR`` rows of ``(C, C)``.
 
     ``partial`` ``(parts, K, K)`` and ``partial_vector`` ``(parts, K)`` are summed over parts and over the ``PB``
-    diagonal blocks. ``total`` ``(C, C)`` is added to, times ``beta`` with ``SCALED``; ``total_vector`` ``(C,)`` too,
+    diagonal blocks. ``total`` ``(C, C)`` is added to, times beta with ``SCALED``; ``total_vector`` ``(C,)`` too,
     unscaled.
     """
     row = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -374,15 +390,8 @@ def unfold_kernel(
             )
             sums += tl.sum(blocks, 0)
         if SCALED:
-            sums *= tl.load(beta).to(sums.dtype)
+            sums *= tl.load(betas + step).to(sums.dtype)
         target = total + row[:, None] * C + column[None, :]
         tl.store(target, tl.load(target, mask=inside, other=0.0) + sums, mask=inside)
     if tl.program_id(0) == 0:
-        sums = tl.zeros((CP,), total.dtype.element_ty)
-        for first in range(0, parts * PB, NQ):
-            place = first + q
-            start = (place // PB) * K + (place % PB) * C
-            inside = (place[:, None] < parts * PB) & (column[None, :] < C)
-            sums += tl.sum(tl.load(partial_vector + start[:, None] + column[None, :], mask=inside, other=0.0), 0)
-        target = total_vector + column
-        tl.store(target, tl.load(target, mask=column < C, other=0.0) + sums, mask=column < C)
+        add_vectors(partial_vector, total_vector, parts, column, C, PB, K, NQ)

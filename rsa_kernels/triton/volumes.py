@@ -90,7 +90,7 @@ def transpose_kernel(
 def _transpose(source: Tensor, target: Tensor, batch: int, rows: int, columns: int, device: int, stream: int) -> None:
     block = 64 if source.element_size() <= 4 else 32
     row_blocks, column_blocks = -(-rows // block), -(-columns // block)
-    launch = bind(transpose_kernel, device, (source.dtype,), 4, 1, block, block)
+    launch = bind(transpose_kernel, (device, source.dtype), 4, 1, block, block)
     launch(row_blocks * column_blocks * batch, stream, source, target, rows, columns, row_blocks, column_blocks)
 
 

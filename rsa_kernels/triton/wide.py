@@ -92,15 +92,16 @@ def contract_kernel(
     tl.store(partial + (n * parts + part) * SP * SP + i[:, None] * SP + j[None, :], total / SHRINK)
 
 
-@kernel("beta", "vector")
+@kernel("betas", "vector")
 def mix_kernel(
     volume,
     matrix,
     base,
-    beta,
+    betas,
     row_scale,
     vector,
     out,
+    step: tl.int32,
     slices: tl.int32,
     P2: tl.int32,
     chunks: tl.int32,
@@ -146,7 +147,7 @@ def mix_kernel(
         total = dot(block, tile, total, PRECISION)
     if BASE:
         rest = load_tile(base + n * vn * C, start, offsets, channel, exists, i, slices, vs, C)
-        total = rest.to(dtype) + tl.load(beta).to(dtype) * total
+        total = rest.to(dtype) + tl.load(betas + step).to(dtype) * total
     if RANK_ONE:
         scales = tl.load(row_scale + n * SP + i)
         total += scales[:, None] * tl.load(vector + channel, mask=exists, other=0.0).to(dtype)[None, :]
@@ -158,14 +159,15 @@ def mix_kernel(
     )
 
 
-@kernel("beta")
+@kernel("betas")
 def softmax_mix_kernel(
     partial,
     attention,
     value,
     base,
-    beta,
+    betas,
     out,
+    step: tl.int32,
     slices: tl.int32,
     P2: tl.int32,
     chunks: tl.int32,
@@ -198,7 +200,7 @@ def softmax_mix_kernel(
     if part == 0:
         tl.store(attention + (n * slices + s[:, None]) * slices + s[None, :], weights, mask=inside)
     mixing = round_rows(weights, s, out)
-    scale = tl.load(beta).to(weights.dtype)
+    scale = tl.load(betas + step).to(weights.dtype)
     for chunk in range(part, chunks, parts):
         start, offsets, channel, exists = place_columns(chunk, P2, v1, v2, C, BC, PB, K)
         tile = load_tile(value + n * vn * VALUE_ROW, start, offsets, channel, exists, s, slices, vs, VALUE_ROW)

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import GOLDEN, golden_parameter, golden_tensor
+from support import GOLDEN, golden_parameter, golden_tensor, random_volume, relative_error
 from torch import nn
 
 import rsanet.checkpoints
 from rsanet import NonLocalBlock, RSABlock, RSANet, insert_rsa, load_model, load_reference_checkpoint, save_model
 from rsanet.configuration import PAPER_CONFIGURATIONS
-from rsanet.unet import pad_or_crop
+from rsanet.unet import group_norm_channels_last, pad_or_crop
 
 PUBLISHED_SHAPES = json.loads((GOLDEN / "rsanet_state_dict.json").read_text())
 NARROW = {"in_channels": 1, "out_channels": 3, "channels": (8, 16, 24), "dropout": 0.0}
@@ -674,3 +674,40 @@ def test_a_broken_configuration_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(rsanet.checkpoints, "RSANet", fail)
     with pytest.raises(ValueError, match=r"\(no memory\): save the model again$"):
         load_model(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_group_norm_of_channels_last_volumes_is_group_norm(dtype, affine):
+    """The path that a GPU takes: the same function, the format kept."""
+    x = random_volume((2, 12, 3, 5, 4)).add(0.7).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    weight, bias = (random_volume((12,), seed).to(dtype) for seed in (2, 3)) if affine else (None, None)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias) if tensor is not None]
+    upstream = random_volume(x.shape, 4).to(dtype)
+    out = group_norm_channels_last(x, 4, weight, bias, 1e-5)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last_3d)
+    exact = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    truth = torch.nn.functional.group_norm(exact[0], 4, exact[1], exact[2], 1e-5)
+    truths = [truth, *torch.autograd.grad(truth, [part for part in exact if part is not None], upstream.double())]
+    for result, expected in zip([out, *torch.autograd.grad(out, inputs, upstream)], truths, strict=True):
+        limit = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
+        assert relative_error(result, expected) < limit
+
+
+@pytest.mark.parametrize("attention", ["rsa", None])
+def test_channels_last_is_kept_from_end_to_end_under_mixed_precision(attention):
+    model = RSANet(channels=(8, 16, 32), attention=attention).to(memory_format=torch.channels_last_3d)
+    arranged = []
+
+    def note(module, inputs, output):
+        arranged.append(output.is_contiguous(memory_format=torch.channels_last_3d))
+
+    for module in model.modules():
+        if not list(module.children()) or isinstance(module, RSABlock):
+            module.register_forward_hook(note)
+    x = random_volume((1, 3, 16, 24, 16)).float().contiguous(memory_format=torch.channels_last_3d)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert len(arranged) > 20
+    assert all(arranged)

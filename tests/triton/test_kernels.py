@@ -289,13 +289,13 @@ def test_volumes_past_two_to_the_thirty_one_elements(monkeypatch):
     far = memory.as_strided((3, places, channels), (apart * channels, channels, 1))
     far.copy_(random_volume((3, places, channels)))
     small = far.permute(2, 0, 1)[None, :, :, None].float()
-    machine = block.Machine(memory.new_empty(1, channels, 3, 1, places), 0, 0)
     published_weights = [tensor.float() for tensor in random_block(channels, 1, gain=0.3)]
-    weights = block.Weights(machine, block.Projections(*published_weights[:6]), published_weights[6], 1.0)
+    machine = block.Machine(memory.new_empty(1, channels, 3, 1, places), 0, 0, published_weights)
+    weights = block.Weights(machine, block.Projections(*published_weights[:6]), published_weights[6])
     tiling = tuning.Tiling(64, 16, 4, 1)
     folded = weights.narrow(64)
     attention, rounded = machine.softmax(machine.narrow_map(memory, folded, geometry, tiling, 16), 3)
-    machine.narrow_mix(memory, rounded, folded, weights.beta(0), memory, geometry, tiling)
+    machine.narrow_mix(memory, rounded, folded, weights.betas, 0, memory, geometry, tiling)
     truth, maps = recurrent_slice_attention(small, *published_weights, (2,), return_maps=True, backend="reference")
     torch.testing.assert_close(attention, maps[0], rtol=1e-2, atol=1e-2)
     assert relative_error(far.permute(2, 0, 1)[None, :, :, None], truth.double()) < 2e-3

@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
 from recording import recording, run_attention, run_block
 
 from rsa_kernels import __main__ as report
