@@ -289,8 +289,18 @@ def _register_autocast(device: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(keyset):
             return attention(cast(query), cast(key), cast(value), *args)
 
+    def as_it_is(operator: Callable) -> Callable:
+        def rule(*args: Any) -> list[Tensor]:
+            with torch._C._ExcludeDispatchKeyGuard(keyset):
+                return operator(*args)
+
+        return rule
+
     library.impl("block", block_rule, key)
     library.impl("attention", attention_rule, key)
+    # Where backward() is called inside the region, too, the dtypes are those that forward chose.
+    library.impl("block_backward", as_it_is(block_backward), key)
+    library.impl("attention_backward", as_it_is(attention_backward), key)
 
 
 for _device in ("cpu", "cuda", "xpu", "mps"):

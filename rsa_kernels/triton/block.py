@@ -295,7 +295,7 @@ class Machine:
             -(-self.channels // rows) if matrix else 1,
             (4, 1),
             (*sums, betas, total, total_vector, step, parts),
-            *(self.channels, columns // self.channels, columns, width, rows, parts_at_once(width), matrix, scaled),
+            *(self.channels, columns // self.channels, columns, width, rows, parts_at_once(2 * width), matrix, scaled),
         )
 
     # Wide ----------------------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ class Machine:
                 *(partial, attention, value, x, betas, out),
                 *(step, geometry.slices, geometry.inner, made.chunks, maps_to_sum, made.parts, *geometry.strides),
             ),
-            *(self.channels, made.channels, made.places, tiling.columns, padded, parts_at_once(padded**2)),
+            *(self.channels, made.channels, made.places, tiling.columns, padded, parts_at_once(padded**2 // 2)),
             *(_row(value), self.precision),
         )
         return attention

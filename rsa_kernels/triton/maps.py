@@ -4,9 +4,10 @@ A contraction over ``C * P`` terms is split over programs, and each leaves a par
 summed, always in the same order, so that results repeat bitwise without an atomic. Maps that kernels exchange are
 padded with zeros to ``(N, SP, SP)``; those that leave are ``(N, S, S)``.
 
-Products read maps in the dtype of the volume. Rounding to 16 bits breaks two sums that matter when a volume's mean is
-far from zero: a row of the map sums to one, a row of the logits' gradient to zero. What rounding takes from a row is
-given back to its largest entry.
+Products read maps in the dtype of the volume. A row of the logits' gradient sums to zero, which rounding to 16 bits
+would break; and what it sums to instead is multiplied by the volume's mean, which can be large. So what rounding takes
+from such a row is given back to its smallest entry, where numbers lie closest. (A row of the map needs no such care:
+its entries are of one sign, so that their roundings together are no worse than that of the result.)
 """
 
 import triton
@@ -16,16 +17,17 @@ from rsa_kernels.triton.tiles import kernel
 
 
 @triton.jit
-def round_rows(matrix, columns, target):
-    """Rows ``(R, SP)`` in the dtype that ``target`` points to, with their sums kept."""
+def round_rows(matrix, columns, inside, target):
+    """Rows ``(BR, SP)`` in the dtype that ``target`` points to, with the sums of their entries ``inside`` kept."""
     dtype = target.dtype.element_ty
     if dtype == matrix.dtype:
         return matrix
     lost = tl.sum(matrix - matrix.to(dtype).to(matrix.dtype), 1)
-    size = tl.abs(matrix)
-    is_largest = size == tl.max(size, 1)[:, None]
-    largest = tl.min(tl.where(is_largest, columns[None, :], columns.shape[0]), 1)
-    return tl.where(columns[None, :] == largest[:, None], matrix + lost[:, None], matrix).to(dtype)
+    size = tl.where(inside, tl.abs(matrix), float("inf"))
+    is_smallest = size == tl.min(size, 1)[:, None]
+    smallest = tl.min(tl.where(is_smallest, columns[None, :], columns.shape[0]), 1)
+    given = (columns[None, :] == smallest[:, None]) & inside
+    return tl.where(given, matrix + lost[:, None], matrix).to(dtype)
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def softmax_kernel(
     n, i, j, inside, place = rows_of_program(slices, SP, BR)
     weights = softmax_rows(sum_partial(partial, n, i, j, inside, parts, SP, NQ), j, inside, slices)
     tl.store(attention + (n * slices + i[:, None]) * slices + j[None, :], weights, mask=inside)
-    tl.store(rounded + place, round_rows(weights, j, rounded))
+    tl.store(rounded + place, weights.to(rounded.dtype.element_ty))
 
 
 @kernel("attention")
@@ -88,7 +90,7 @@ def round_kernel(attention, rounded, slices: tl.int32, SP: tl.constexpr, BR: tl.
     """Pads maps ``(N, S, S)`` with zeros to ``(N, SP, SP)`` in the volumes' dtype. One program per ``BR`` rows."""
     n, i, j, inside, place = rows_of_program(slices, SP, BR)
     weights = tl.load(attention + (n * slices + i[:, None]) * slices + j[None, :], mask=inside, other=0.0)
-    tl.store(rounded + place, round_rows(weights, j, rounded))
+    tl.store(rounded + place, weights.to(rounded.dtype.element_ty))
 
 
 @kernel("attention", "betas")
@@ -118,5 +120,5 @@ def softmax_backward_kernel(
     grad = weights * (contracted - row_dot[:, None])
     if SCALED:
         grad *= tl.load(betas + step).to(grad.dtype)
-    tl.store(rounded + place, round_rows(grad, j, rounded))
+    tl.store(rounded + place, round_rows(grad, j, inside, rounded))
     tl.store(row_dots + n * SP + i, row_dot)

@@ -165,7 +165,7 @@ _SM_100 = {
     ("map", 256): (Tiling(32, 128, 8, 2), Tiling(64, 128, 8, 2), None),
     ("mix", 16): (Tiling(64, 16, 4, 3, 6), Tiling(64, 16, 4, 3, 6), Tiling(128, 16, 4, 3, 4)),
     ("mix", 32): (Tiling(64, 32, 4, 3, 4), Tiling(64, 32, 4, 3, 4), Tiling(128, 64, 8, 3)),
-    ("mix", 64): (Tiling(64, 64, 4, 3, 3), Tiling(64, 64, 4, 3, 3), Tiling(128, 64, 8, 3)),
+    ("mix", 64): (Tiling(64, 64, 8, 3, 3), Tiling(64, 64, 8, 3, 3), Tiling(128, 64, 8, 3)),
     ("mix", 128): (Tiling(32, 128, 8, 3, 3), Tiling(64, 128, 8, 3), Tiling(128, 128, 8, 3)),
     ("mix", 256): (Tiling(32, 128, 8, 2, 2), Tiling(64, 128, 8, 2), None),
     ("map_backward", 16): (Tiling(64, 16, 4, 2, 6), Tiling(64, 16, 4, 2, 6), Tiling(128, 16, 8, 2, 2)),
@@ -192,10 +192,14 @@ def _wide(kernel: str, arch: str, kind: str, padded: int, aligned: bool) -> Tili
     if kernel == "softmax_mix" and padded > 32:
         return None
     columns = {"half": 64, "tf32": 32, "float": 32, "double": 16}[kind]
-    rows = min(padded, {"half": 128 if aligned else 64, "tf32": 64, "float": 64, "double": 32}[kind])
+    rows = min(padded, {"half": 128 if aligned else 32, "tf32": 64, "float": 64, "double": 16}[kind])
+    if arch == "sm_100" and kernel == "mix_slices":
+        rows = min(rows, 64)
     if arch == "interpreter":
         columns, rows = 128, min(padded, 64)
-    return Tiling(columns, rows, 8 if rows >= 64 else 4, 3 if kernel == "contract" else 2)
+    elif kind == "half" and rows == 16 and aligned:
+        columns = 128  # flat tiles: longer ones keep more bytes in flight
+    return Tiling(columns, rows, 8 if rows >= 64 else 4, 3 if kernel == "contract" and kind in ("half", "tf32") else 2)
 
 
 @lru_cache(maxsize=1)

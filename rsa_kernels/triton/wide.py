@@ -7,7 +7,7 @@ They serve any number of slices and channels: the map is cut into blocks of ``BI
 import triton
 import triton.language as tl
 
-from rsa_kernels.triton.maps import round_rows, softmax_rows, sum_partial
+from rsa_kernels.triton.maps import softmax_rows, sum_partial
 from rsa_kernels.triton.tiles import dot, kernel, places, product
 
 
@@ -199,7 +199,7 @@ def softmax_mix_kernel(
     weights = softmax_rows(logits, s, inside, slices)
     if part == 0:
         tl.store(attention + (n * slices + s[:, None]) * slices + s[None, :], weights, mask=inside)
-    mixing = round_rows(weights, s, out)
+    mixing = weights.to(out.dtype.element_ty)
     scale = tl.load(betas + step).to(weights.dtype)
     for chunk in range(part, chunks, parts):
         start, offsets, channel, exists = place_columns(chunk, P2, v1, v2, C, BC, PB, K)

@@ -333,6 +333,21 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_weights(backend):
     assert exact.dtype == torch.float64
 
 
+def test_backward_inside_an_autocast_region_is_as_exact_as_outside(backend):
+    block = [tensor.float() for tensor in random_block(8)]
+    x, upstream = (random_volume((2, 8, 4, 5, 3), seed).float() for seed in (1, 2))
+
+    def gradients(inside):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, *block)]
+        with torch.autocast("cpu", torch.bfloat16):
+            attended = recurrent_slice_attention(*leaves, backend=backend)
+            out = slice_attention(attended, attended, attended, 3, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return torch.autograd.grad(out, leaves, upstream.bfloat16())
+
+    assert all(torch.equal(one, other) for one, other in zip(gradients(True), gradients(False), strict=True))
+
+
 def test_a_second_derivative_is_refused(backend):
     x = random_volume((1, 4, 3, 2, 3)).requires_grad_()
     (grad,) = torch.autograd.grad(

@@ -59,11 +59,11 @@ FAULTS = [
     (
         "padding of a map is not written",
         MAPS,
-        "tl.store(rounded + place, round_rows(weights, j, rounded))",
-        "tl.store(rounded + place, round_rows(weights, j, rounded), mask=inside)",
+        "tl.store(rounded + place, weights.to(rounded.dtype.element_ty))",
+        "tl.store(rounded + place, weights.to(rounded.dtype.element_ty), mask=inside)",
         "memory_is_written",
     ),
-    ("rounding loses the sums of rows", MAPS, "matrix + lost[:, None]", "matrix", "rounded_maps"),
+    ("rounding loses the sums of the gradient's rows", MAPS, "matrix + lost[:, None]", "matrix", "keep_the_sums"),
     ("channels beyond the last count", WIDE, " & (channel < C)", "", SHAPES),
     (
         "blocks of columns beyond the first are left out",
@@ -86,7 +86,7 @@ FAULTS = [
         "own = True",
         "inputs_are_left",
     ),
-]  # fmt: skip  one fault a line
+]
 
 
 def judge(fault):
