@@ -36,7 +36,7 @@ FAULTS = [
         "range(part, chunks - part, parts)",
         SHAPES,
     ),
-    ("the query's bias is missing", NARROW, "query += bias[None, :]", "query += 0.0", SHAPES),
+    ("the query's bias is missing", NARROW, "(query + bias[None, :]) * SHRINK", "query * SHRINK", SHAPES),
     ("beta is missing forward", NARROW, "+ scale * value)", "+ value)", SHAPES),
     ("beta is missing backward", NARROW, "value = scale * product(", "value = product(", SHAPES),
     ("the map is not transposed backward", NARROW, "dot(tl.trans(mixing), value", "dot(mixing, value", SHAPES),
@@ -104,8 +104,8 @@ def judge(fault):
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/triton", "-k", tests]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folder}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    # 1: tests failed. Anything else, a test that could not even be collected included, proves nothing.
-    seen = done.returncode == 1 and " failed" in done.stdout
+    # A test failed; one that could not even be collected would prove nothing.
+    seen = done.returncode == 1 and "FAILED" in done.stdout
     crashed = done.returncode < 0  # a read from memory that is not there
     return seen or crashed, f"{'seen ' if seen or crashed else 'MISSED'} {name}"
 
