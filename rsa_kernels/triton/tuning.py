@@ -16,7 +16,6 @@ import torch
 from rsa_kernels.triton.launch import INTERPRETED
 
 ENVIRONMENT_VARIABLE = "RSA_KERNELS_TRITON_TABLE"
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 NARROW_KERNELS = ("map", "mix", "map_backward", "mix_backward")
 WIDE_KERNELS = ("contract", "mix_slices", "softmax_mix")
 # Arithmetic: 16-bit tensor cores, TensorFloat-32, IEEE float32, float64.
