@@ -153,7 +153,7 @@ _SM_90 = {
     ("map_backward", 128): (Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2), None),
     ("mix_backward", 16): (Tiling(64, 16, 4, 2, 3), Tiling(64, 16, 4, 2, 3), Tiling(128, 16, 8, 2)),
     ("mix_backward", 32): (Tiling(64, 32, 4, 2, 2), Tiling(64, 32, 4, 2, 2), Tiling(128, 32, 8, 2)),
-    ("mix_backward", 64): (Tiling(32, 64, 4, 2, 3), Tiling(64, 64, 8, 2), None),
+    ("mix_backward", 64): (Tiling(32, 64, 4, 2, 3), Tiling(64, 64, 4, 3, 2), None),
     ("mix_backward", 128): (Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2), None),
 }
 _SM_100 = {
