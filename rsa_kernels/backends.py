@@ -63,15 +63,42 @@ def _triton_version() -> str | None:
 
 def triton_is_missing() -> str | None:
     """Why Triton cannot run on this machine, in a sentence; None if it can."""
+    return _triton_is_missing(interpreted())
+
+
+@lru_cache(maxsize=2)
+def _triton_is_missing(interpreted: bool) -> str | None:
     version = _triton_version()
     wanted = ".".join(map(str, OLDEST_TRITON))
     if version is None:
         return f"needs Triton {wanted} or later, which is not installed: pip install triton"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
         return f"needs Triton {wanted} or later, but {version} is installed: upgrade torch, which pins it"
-    if not interpreted() and not torch.cuda.is_available():
+    if interpreted:
+        return None
+    if not torch.cuda.is_available():
         return "needs a GPU, and torch finds none: use the torch backend here"
+    return _triton_fails()
+
+
+def _triton_fails() -> str | None:
+    """Why Triton does not start though it is installed: it builds its launcher with the system's C compiler."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.utils  # noqa: B018 made at its first use
+    except Exception as error:
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        return f"is installed but does not start ({cause[0]}): install a C compiler, or use the torch backend"
     return None
+
+
+@lru_cache(maxsize=64)
+def _gpu_is_too_old(index: int) -> str | None:
+    if torch.version.hip or (capability := torch.cuda.get_device_capability(index)) >= (8, 0):
+        return None
+    found = ".".join(map(str, capability))
+    return f"needs compute capability 8.0 or later, and this GPU has {found}: use the torch backend"
 
 
 def cannot_run(name: str, x: Tensor) -> str | None:
@@ -83,11 +110,17 @@ def cannot_run(name: str, x: Tensor) -> str | None:
         return reason
     if not x.is_cuda:
         return f"runs tensors on a GPU, and this one is on {x.device}: move it, or use the torch backend"
-    if not torch.version.hip:
-        capability = torch.cuda.get_device_capability(x.device)
-        if capability < (8, 0):
-            found = ".".join(map(str, capability))
-            return f"needs compute capability 8.0 or later, and this GPU has {found}: use the torch backend"
+    return _gpu_is_too_old(x.device.index)
+
+
+def _is_not_preferred(x: Tensor) -> str | None:
+    """Why ``auto`` does not take Triton where it can run, in a sentence; None if it does."""
+    if interpreted():
+        return "is interpreted here, which is for tests: unset TRITON_INTERPRET"
+    if torch.version.hip:
+        return "is not tested on AMD GPUs: ask for it by its name"
+    if x.dtype == torch.float64:
+        return "is not measured against the library's float64 products: ask for it by its name"
     return None
 
 
@@ -161,9 +194,7 @@ def choose(x: Tensor, axes: Sequence[int]) -> Explanation:
     """The backend for a volume, by rules that the benchmarks justify; without axes, for attention alone."""
     channels, voxels = x.shape[1], x.numel() // x.shape[1]
     others = {"reference": "makes three projections and three rearranged copies a step"}
-    reason = cannot_run("triton", x)
-    if reason is None and interpreted():
-        reason = "is interpreted here, which is for tests: unset TRITON_INTERPRET"
+    reason = cannot_run("triton", x) or _is_not_preferred(x)
     if axes and voxels * len(axes) < channels:
         waste = f"folding the weights of {channels} channels costs more than it saves on {voxels} voxels"
         return Explanation("reference", {"triton": reason or waste, "torch": waste})

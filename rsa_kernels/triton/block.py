@@ -1,8 +1,8 @@
 """The ``triton`` backend: the kernels in the order that a block needs them.
 
-A step forward is three launches in the narrow regime (map, softmax, mix), four in the wide one (one product for query
-and value, contraction, softmax, mix), three for few slices (the softmax goes into the mix). Nothing here waits for the
-device. See :mod:`rsa_kernels.ops` for the contract that all backends keep.
+A step forward is three launches in the narrow regime (map, softmax, mix), four in the wide one (a product for query and
+value, two where they would not be aligned; contraction, softmax, mix), three for few slices (the softmax goes into the
+mix). Nothing here waits for the device. See :mod:`rsa_kernels.ops` for the contract that all backends keep.
 """
 
 from collections.abc import Sequence
@@ -61,10 +61,6 @@ def rows_of(volume: Tensor) -> Tensor:
     return volume.permute(0, 2, 3, 4, 1).reshape(-1, volume.shape[1])
 
 
-def _flat(volume: Tensor) -> Tensor:
-    return volume.permute(0, 2, 3, 4, 1).reshape(-1)
-
-
 def _unflat(flat: Tensor, shape: torch.Size) -> Tensor:
     batch, channels, depth, height, width = shape
     return flat.view(batch, depth, height, width, channels).permute(0, 4, 1, 2, 3)
@@ -105,8 +101,9 @@ class Machine:
         self.kind = tuning.kind(like.dtype)
         self.precision = "tf32" if self.kind == "tf32" else "ieee"
         self.shrink = HALF_SHRINK if like.dtype == torch.float16 else 1.0
-        # The dtypes of all pointers follow from these.
-        self._key = (device, like.dtype, *(parameter.dtype for parameter in parameters))
+        # The dtypes of all pointers follow from these. Triton compiles for AMD with regard to sizes past 2 GiB, too.
+        large = torch.version.hip is not None and like.nbytes >= 2**31
+        self._key = (device, like.dtype, large, *(parameter.dtype for parameter in parameters))
         self._scratch: dict[tuple[Any, ...], Tensor] = {}
 
     def tiling(self, kernel: str, geometry: Geometry) -> Tiling | None:
@@ -119,9 +116,9 @@ class Machine:
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room under a name: later steps get the same, which they may, because kernels run one after the other."""
-        room = self._scratch.get((name, shape))
+        room = self._scratch.get((name, dtype, shape))
         if room is None:
-            room = self._scratch[name, shape] = self.empty(*shape, dtype=dtype)
+            room = self._scratch[name, dtype, shape] = self.empty(*shape, dtype=dtype)
         return room
 
     def launch(
@@ -163,8 +160,9 @@ class Machine:
         row_dots = self.empty(self.batch, padded)
         scales = row_dots if betas is None else betas
         arguments = (partial, attention, scales, grad_logits, row_dots, step, attention.shape[1], parts)
-        constants = (parts_at_once(padded), betas is not None)
-        self.launch_rows(maps.softmax_backward_kernel, arguments, padded, *constants)
+        # 0 without betas; else 1 or 2, for they may come in the caller's dtype or in ours.
+        scaled = 0 if betas is None else 1 + (betas.dtype == self.precise)
+        self.launch_rows(maps.softmax_backward_kernel, arguments, padded, parts_at_once(padded), scaled)
         return grad_logits, row_dots
 
     # Narrow --------------------------------------------------------------------------------------------------------
@@ -381,13 +379,17 @@ class Weights:
 
     Args:
         machine: launches the kernels.
-        weights: the published ones, with the factor on the logits in the query's.
+        weights: the published ones.
         betas: one per step.
+        scale: factor on the logits. It stays out of the weights, which half precision could not hold that small.
     """
 
-    def __init__(self, machine: Machine, weights: Projections, betas: Tensor) -> None:
+    def __init__(self, machine: Machine, weights: Projections, betas: Tensor, scale: float) -> None:
         self.published = Projections(*(weight.contiguous() for weight in weights))
         self.betas = betas.contiguous()
+        self.scale = scale
+        # What the gradient of a step's logits is multiplied by.
+        self.logit_betas = self.betas if scale == 1 else self.betas.to(machine.precise) * scale
         self._machine = machine
         self._narrow: dict[int, Folded] = {}
         self._wide: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -424,14 +426,6 @@ class Weights:
         return both[:, :channels], both[:, channels:]
 
 
-def _with_scale(weights: Projections, scale: float, dtype: torch.dtype) -> Projections:
-    """The weights with the factor on the logits in the query's."""
-    if scale == 1:
-        return weights
-    query = (part.to(accumulation_dtype(dtype)) * scale for part in weights[:2])
-    return Projections(*query, *weights[2:])
-
-
 def _forward_step(
     machine: Machine, weights: Weights, step: int, x: Tensor, axis: int, target: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -441,7 +435,7 @@ def _forward_step(
     if first and second:
         padded = tuning.padded(shape.slices, first, second)
         partial = machine.narrow_map(x, weights.narrow(first.columns), shape, first, padded)
-        attention, rounded = machine.softmax(partial, shape.slices)
+        attention, rounded = machine.softmax(_scaled(partial, weights.scale), shape.slices)
         if target is None or (target is x and second.rows < padded):
             target = empty_packed(machine.shape, x)
         folded = weights.narrow(second.columns)
@@ -451,7 +445,7 @@ def _forward_step(
         target = empty_packed(machine.shape, x)
     base = (x, weights.betas, step)
     query, value = weights.project(rows_of(x))
-    partial = machine.contract(query, x, shape, machine.shrink)
+    partial = _scaled(machine.contract(query, x, shape, machine.shrink), weights.scale)
     tiling = machine.tiling("softmax_mix", shape)
     if tiling:
         return target, machine.softmax_mix(partial, value, base, target, shape, tiling)
@@ -480,9 +474,8 @@ def recurrent_slice_attention(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The whole block; see :mod:`rsa_kernels.ops` for the contract that all backends keep."""
     with OnDevice(x) as (device, stream):
-        weights = _with_scale(weights, scale, x.dtype)
         machine = Machine(x, device, stream, (*weights, betas))
-        prepared = Weights(machine, weights, betas)
+        prepared = Weights(machine, weights, betas, scale)
         volume = pack(x, device, stream)
         maps, inputs = [], []
         for step, axis in enumerate(axes):
@@ -490,7 +483,7 @@ def recurrent_slice_attention(
             own = step > 0 or volume.data_ptr() != x.data_ptr()
             target = volume if own and not keep_inputs else None
             if keep_inputs and step:
-                inputs.append(_flat(volume))
+                inputs.append(rows_of(volume).reshape(-1))
             volume, attention = _forward_step(machine, prepared, step, volume, axis, target)
             maps.append(attention)
         return unpack(volume, x, device, stream), maps, inputs
@@ -511,9 +504,10 @@ class Totals(NamedTuple):
     def zeros(cls, machine: Machine, steps: int) -> "Totals":
         """Sums to add to."""
         channels = machine.channels
-        zeros = machine.empty(2 * channels + 1 + steps, channels).zero_()
-        m, g_weight, u, grad_sums = zeros.split((channels, channels, 1, steps))
-        return cls(m, u[0], g_weight, grad_sums, [])
+        zeros = machine.empty(channels + 1 + steps, channels).zero_()
+        m, u, grad_sums = zeros.split((channels, 1, steps))
+        # What leaves is a tensor of its own: operators promise their results' place in memory, too.
+        return cls(m, u[0], machine.empty(channels, channels).zero_(), grad_sums, [])
 
 
 class Step(NamedTuple):
@@ -542,7 +536,7 @@ def _narrow_backward(
     folded = weights.narrow(first.columns)
     partial, *sums = machine.narrow_map_backward(x, grad, rounded, folded, shape, first, need_value)
     machine.unfold(sums, betas, index, totals.g_weight, totals.grad_sums[index], need_value, True)
-    grad_logits, row_dots = machine.softmax_backward(partial, attention, betas, index)
+    grad_logits, row_dots = machine.softmax_backward(partial, attention, weights.logit_betas, index)
     totals.row_dots.append(row_dots)
     if grad_x is None and not need_folded:
         return
@@ -561,7 +555,7 @@ def _wide_backward(machine: Machine, weights: Weights, totals: Totals, step: Ste
     rows, grad_rows = rows_of(x), rows_of(grad)
     projected = grad_rows @ g_weight
     partial = machine.contract(projected, x, shape)
-    grad_logits, row_dots = machine.softmax_backward(partial, attention, betas, index)
+    grad_logits, row_dots = machine.softmax_backward(partial, attention, weights.logit_betas, index)
     totals.row_dots.append(row_dots)
     torch.sum(grad_rows, 0, dtype=machine.precise, out=totals.grad_sums[index])
     rounded = machine.round(attention)
@@ -607,9 +601,8 @@ def recurrent_slice_attention_backward(
 ) -> Gradients:
     """Gradients of the whole block; see :mod:`rsa_kernels.ops` for the contract that all backends keep."""
     with OnDevice(x) as (device, stream):
-        scaled = _with_scale(weights, scale, x.dtype)
-        machine = Machine(x, device, stream, (*scaled, betas))
-        prepared = Weights(machine, scaled, betas)
+        machine = Machine(x, device, stream, (*weights, betas))
+        prepared = Weights(machine, weights, betas, scale)
         volumes = [pack(volume, device, stream) for volume in (x, *(_unflat(flat, x.shape) for flat in inputs))]
         for step in range(len(volumes) - 1, len(axes) - 1):
             volumes.append(_remix(machine, prepared, step, volumes[-1], maps[step], axes[step]))
@@ -632,20 +625,18 @@ def recurrent_slice_attention_backward(
             else:
                 _wide_backward(machine, prepared, totals, step)
             upstream = grad_x
-        gradients = _collect(machine, prepared, totals, weights, scale, needs)
+        gradients = _collect(machine, prepared, totals, weights, needs)
         return gradients._replace(x=unpack(grad_x, x, device, stream) if needs.x else None)
 
 
-def _collect(
-    machine: Machine, prepared: Weights, totals: Totals, weights: Projections, scale: float, needs: Gradients
-) -> Gradients:
+def _collect(machine: Machine, prepared: Weights, totals: Totals, weights: Projections, needs: Gradients) -> Gradients:
     """The published weights' gradients from those of the folded ones."""
     precise = machine.precise
     result = dict.fromkeys(Gradients._fields)
     if needs.theta_weight or needs.theta_bias or needs.phi_weight:
         theta_weight, theta_bias, phi_weight, *_ = (weight.to(precise) for weight in weights)
         result["theta_weight"], result["theta_bias"], result["phi_weight"] = fold_backward(
-            totals.m, totals.u, theta_weight, theta_bias, phi_weight, scale
+            totals.m, totals.u, theta_weight, theta_bias, phi_weight, 1.0
         )
     result["phi_bias"] = torch.zeros_like(weights.phi_bias)
     result["g_weight"] = totals.g_weight

@@ -3,7 +3,7 @@
 Triton's own launcher binds and hashes every argument of every call, about 14 microseconds. Here what a kernel is
 compiled for is looked up by a tuple of a few values, and the compiled kernel is called directly, about 2. That is safe
 because nothing else can matter: numbers are never specialised (see :func:`~rsa_kernels.triton.tiles.kernel`), and every
-pointer is aligned to 16 bytes (:mod:`~rsa_kernels.triton.volumes` sees to it).
+pointer is aligned to 16 bytes (:mod:`~rsa_kernels.triton.volumes` sees to it) or compiled for as unaligned.
 """
 
 from typing import Any

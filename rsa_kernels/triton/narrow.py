@@ -2,7 +2,7 @@
 
 A program walks chunks of positions, ``part, part + parts, ...``, and holds everything that a chunk does not change:
 the map, the block-diagonal weights ``(K, K)``, the sums. Of memory in multiples of ``C * V``, a step forward reads 2
-and writes 1, a step backward reads 4 and writes 1.
+and writes 1 (with slices in several blocks of rows, each reads once more), a step backward reads 4 and writes 1.
 
 With slices in rows, ``Q' = X M + u`` and ``Y = Z W + b`` where ``M = theta^T phi`` and ``W = Wv^T``, each repeated
 along the diagonal once per position of a tile.

@@ -217,7 +217,7 @@ def read_table(path: Path) -> dict[str, dict[str, Tiling | None]]:
     try:
         content = json.loads(path.read_text())
         return {
-            arch: {key: entry and _checked(key, Tiling(**entry)) for key, entry in entries.items()}
+            arch: {name: _checked(arch, name, entry and Tiling(**entry)) for name, entry in entries.items()}
             for arch, entries in content.items()
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -227,14 +227,23 @@ def read_table(path: Path) -> dict[str, dict[str, Tiling | None]]:
         ) from error
 
 
-def _checked(key: str, entry: Tiling) -> Tiling:
-    name, arithmetic, padded, width = key.split("/")
-    if name not in NARROW_KERNELS + WIDE_KERNELS or arithmetic not in KINDS:
-        raise ValueError(f"there is no entry {key}")
+def _checked(arch: str, name: str, entry: Tiling | None) -> Tiling | None:
+    kernel, arithmetic, slices, channels = name.split("/")
+    if arch not in ("interpreter", "hip", *_HALF):
+        raise ValueError(f"there is no architecture {arch}")
+    known = kernel in NARROW_KERNELS + WIDE_KERNELS and arithmetic in KINDS
+    if not known or name != key(kernel, arithmetic, int(slices), int(channels)):
+        raise ValueError(f"there is no entry {name}")
+    if entry is None:
+        if kernel in ("contract", "mix_slices"):
+            raise ValueError(f"{name} serves where nothing else does, and cannot be null")
+        return None
     # A narrow tile holds all channels, and backward all slices; a wide one no more slices than there are.
-    fits = entry.rows <= int(padded) if name in WIDE_KERNELS else entry.columns >= int(width)
-    fits &= "backward" not in name or entry.rows >= int(padded)
+    fits = entry.rows <= int(slices) if kernel in WIDE_KERNELS else entry.columns >= int(channels)
+    fits &= "backward" not in kernel or entry.rows >= int(slices)
+    if not all(type(size) is int and size >= 1 for size in entry[:-1]) or type(entry.split) is not bool:
+        raise ValueError(f"{name} has a size that is no whole number of at least 1: {entry}")
     powers = all(size >= 16 and size & (size - 1) == 0 for size in (entry.columns, entry.rows))
-    if not (fits and powers and entry.warps in (1, 2, 4, 8, 16) and entry.stages >= 1):
-        raise ValueError(f"{key} has sizes that do not fit: {entry}")
+    if not (fits and powers and entry.warps in (1, 2, 4, 8, 16)):
+        raise ValueError(f"{name} has sizes that do not fit: {entry}")
     return entry

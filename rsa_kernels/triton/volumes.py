@@ -72,8 +72,8 @@ def transpose_kernel(
 ):
     """``target[n, c, r] = source[n, r, c]``: one read, one write, in runs on both sides."""
     pid = tl.program_id(0)
-    row = (pid % row_blocks * BR).to(tl.int64) + tl.arange(0, BR)
-    column = (pid // row_blocks % column_blocks * BC).to(tl.int64) + tl.arange(0, BC)
+    row = (pid % row_blocks).to(tl.int64) * BR + tl.arange(0, BR)
+    column = (pid // row_blocks % column_blocks).to(tl.int64) * BC + tl.arange(0, BC)
     first = (pid // row_blocks // column_blocks).to(tl.int64) * rows * columns
     tile = tl.load(
         source + first + row[:, None] * columns + column[None, :],
@@ -109,13 +109,13 @@ def pack(volume: Tensor, device: int, stream: int) -> Tensor:
 
 def unpack(packed: Tensor, like: Tensor, device: int, stream: int) -> Tensor:
     """A packed volume with the strides of ``torch.empty_like(like)``; itself, if it has them."""
-    result = torch.empty_like(like, device="meta")
-    if packed.stride() == result.stride():
+    if packed.stride() == like.stride():
         return packed
+    wanted = torch.empty_like(like, device="meta")
+    if is_packed(wanted):  # the same places, whatever is said of dims of size 1
+        return packed.as_strided(wanted.shape, wanted.stride())
     result = torch.empty_like(like)
     batch, channels, *sizes = result.shape
-    if is_packed(result):
-        return packed.as_strided(result.shape, result.stride())
     if result.is_contiguous():
         _transpose(packed, result, batch, sizes[0] * sizes[1] * sizes[2], channels, device, stream)
         return result

@@ -148,3 +148,64 @@ def test_the_check_finds_a_wrong_backend(function, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("FAIL torch on cpu, float32") for line in lines)
     assert any(line.startswith("ok   reference on cpu, float32") for line in lines)
+
+
+class Volume:
+    """What the rules look at of a volume on a GPU that is not there."""
+
+    is_cuda, dtype, shape = True, torch.bfloat16, (1, 32, 8, 8, 8)
+    device = torch.device("cuda:0")
+
+    def numel(self):
+        return 32 * 512
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, as far as the rules ask."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(backends, "_triton_version", lambda: "3.7.1")
+    monkeypatch.setattr(backends, "_triton_fails", lambda: None)
+    caches = (backends._triton_is_missing, backends._gpu_is_too_old)
+    for cache in caches:
+        cache.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_auto_takes_triton_for_volumes_on_a_gpu(gpu):
+    assert backends.choose(Volume(), (3, 4, 2)).backend == backends.choose(Volume(), ()).backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda p: p.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5)), "8.0 or later, and this GPU"),
+        (lambda p: p.setattr(backends, "_triton_version", lambda: None), "which is not installed"),
+        (lambda p: p.setattr(backends, "_triton_version", lambda: "3.5.1"), "but 3.5.1 is installed"),
+        (lambda p: p.setattr(torch.cuda, "is_available", lambda: False), "needs a GPU, and torch finds none"),
+        (lambda p: p.setattr(backends, "_triton_fails", lambda: "is installed but does not start"), "does not start"),
+        (lambda p: p.setattr(Volume, "dtype", torch.float64), "float64 products"),
+        (lambda p: p.setattr(torch.version, "hip", "6.0"), "not tested on AMD GPUs"),
+    ],
+)
+def test_auto_takes_torch_where_triton_cannot_run_or_is_not_proven(gpu, change, reason):
+    change(gpu)
+    explanation = backends.choose(Volume(), (3, 4, 2))
+    assert explanation.backend == "torch"
+    assert reason in explanation.others["triton"]
+
+
+def test_a_triton_that_does_not_start_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton.runtime", None)
+    assert "is installed but does not start (" in backends._triton_fails()
+
+
+@pytest.mark.skipif(backends.interpreted(), reason="interpreted kernels do run tensors of the CPU")
+def test_an_explicit_choice_never_falls_back():
+    with pytest.raises(RuntimeError, match=r"backend 'triton' was asked for, but it (needs|runs)"):
+        run(backend="triton")

@@ -150,9 +150,7 @@ def describe(row):
     """A line of the table."""
     launch = row["launch"]
     constants = launch.constant
-    shape = " ".join(
-        f"{key}={constants[key]:d}" for key in ("SP", "BI", "C", "K", "FLAT", "SPLIT", "TERMS") if key in constants
-    )
+    shape = " ".join(f"{key}={constants[key]:d}" for key in ("SP", "BI", "C", "K", "FLAT", "SPLIT") if key in constants)
     left = f"{row['arch']:7s}{row['dtype']:5s}{launch.kernel:22s}{shape:40s} {launch.warps}w {launch.stages}s "
     if "error" in row:
         return left + "did not compile"

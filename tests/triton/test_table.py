@@ -1,6 +1,7 @@
 """The launch table: what it says, what may replace it, and what a volume's size changes."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -127,6 +128,11 @@ def test_a_file_replaces_entries(tmp_path, monkeypatch):
         '{"sm_90": {"map/half/64/32": {"columns": 48, "rows": 64, "warps": 4, "stages": 2}}}',
         '{"sm_90": {"map/half/64/32": {"columns": 64}}}',
         '{"sm_90": {"nap/half/64/32": {"columns": 64, "rows": 64, "warps": 4, "stages": 2}}}',
+        '{"sm_90": {"map/half/48/32": {"columns": 64, "rows": 64, "warps": 4, "stages": 2}}}',
+        '{"sm_90": {"map/half/64/32": {"columns": 64, "rows": 64, "warps": 4, "stages": 2, "programs": 0}}}',
+        '{"sm_90": {"map/half/64/32": {"columns": 64, "rows": 64, "warps": 4, "stages": 2.0}}}',
+        '{"sm90": {"map/half/64/64": null}}',
+        '{"sm_90": {"contract/half/64/64": null}}',
         '{"sm_90": {"map_backward/half/64/32": {"columns": 64, "rows": 32, "warps": 4, "stages": 2}}}',
     ],
 )
@@ -160,6 +166,9 @@ def test_tuning_finds_what_is_faster_and_leaves_the_rest(tmp_path, monkeypatch):
     assert (best.warps, best.stages, best.programs) == (4, 2, 1)
     assert tune.improve("map", "sm_90", "half", 128, 32, lambda: 1.0) is None
     assert tune.improve("map", "sm_90", "float", 128, 32, lambda: 1.0) is None  # no such kernel
+    noise = random.Random(0)
+    for kernel in ("map", "contract", "mix_slices"):
+        assert tune.improve(kernel, "sm_90", "half", 128, 32, lambda: 1 + 0.04 * noise.random()) is None
     path = tmp_path / "table.json"
     tune.write({"sm_90": {"map/half/128/32": best._asdict()}}, path)
     tune.write({"sm_80": {}, "sm_90": {"mix/half/16/32": best._replace(rows=16)._asdict()}}, path)
@@ -169,6 +178,18 @@ def test_tuning_finds_what_is_faster_and_leaves_the_rest(tmp_path, monkeypatch):
     assert tuning.tiling("map", "sm_90", "half", 128, 32) == best
     assert set(tuning.overrides()["sm_90"]) == {"map/half/128/32", "mix/half/16/32"}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1, 32, 64, 2, 2), torch.bfloat16), ((1, 256, 64, 2, 2), torch.bfloat16), ((1, 512, 10, 2, 2), torch.float32)],
+)
+def test_tuning_tunes_what_a_block_launches(shape, dtype):
+    made = set(names(launches("sm_90", shape, (2,), dtype)))
+    table_names = {"wide.mix": "mix_slices", "wide.softmax_mix": "softmax_mix", "wide.contract": "contract"}
+    launched = {table_names.get(name, name.removeprefix("narrow.")) for name in made}
+    tuned = {kernel for kernel, _ in tune.kernels_of("sm_90", tuning.kind(dtype), shape[2], shape[1])}
+    assert tuned == launched & set(tuning.NARROW_KERNELS + tuning.WIDE_KERNELS)
 
 
 def test_the_tune_command_says_what_is_missing(capsys, monkeypatch):
