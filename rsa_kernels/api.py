@@ -182,7 +182,8 @@ def _check_parameter(name: str, parameter: object, x: Tensor) -> None:
         raise TypeError(f"{name} is a {type(parameter).__name__}, but must be a tensor")
     if parameter.dtype not in (x.dtype, torch.float32) and not _autocast_agrees(parameter, x):
         raise TypeError(f"{name} has dtype {parameter.dtype}, but must have that of x, {x.dtype}, or float32")
-    _check_same("device", name, parameter.device, "x", x.device)
+    if parameter.device != x.device:
+        _check_same("device", name, parameter.device, "x", x.device)
 
 
 def _check_matrix(name: str, weight: object, channels: int, x: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ _MODULES = {
     "reference": "rsa_kernels.reference",
 }
 
+_imported: dict[str, ModuleType] = {}
+
 # Plain values of the process, not of a thread: the compiler can then guard on them, and backward passes, which run on
 # threads of their own, need not look. Each choice is a list of one name, so that it can be told from its equals.
 _choices: list[list[str]] = []
@@ -43,12 +45,16 @@ def available_backends() -> dict[str, str | None]:
 
 def module(name: str) -> ModuleType:
     """The module of a backend."""
-    return import_module(_MODULES[name])
+    found = _imported.get(name)
+    if found is None:
+        found = _imported[name] = import_module(_MODULES[name])
+    return found
 
 
 def interpreted() -> bool:
     """Whether Triton interprets its kernels, on CPU tensors: for tests."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    value = os.environ.get("TRITON_INTERPRET")
+    return value is not None and value.lower() in ("1", "true", "on", "yes", "y")
 
 
 @lru_cache(maxsize=1)
@@ -105,8 +111,9 @@ def cannot_run(name: str, x: Tensor) -> str | None:
     """Why a backend cannot run a volume, in a sentence; None if it can."""
     if name != "triton":
         return None
-    reason = triton_is_missing()
-    if reason or interpreted():
+    in_python = interpreted()
+    reason = _triton_is_missing(in_python)
+    if reason or in_python:
         return reason
     if not x.is_cuda:
         return f"runs tensors on a GPU, and this one is on {x.device}: move it, or use the torch backend"

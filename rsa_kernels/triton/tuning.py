@@ -198,7 +198,9 @@ def _wide(kernel: str, arch: str, kind: str, padded: int, aligned: bool) -> Tili
         columns, rows = 128, min(padded, 64)
     elif kind == "half" and rows == 16 and aligned:
         columns = 128  # flat tiles: longer ones keep more bytes in flight
-    return Tiling(columns, rows, 8 if rows >= 64 else 4, 3 if kernel == "contract" and kind in ("half", "tf32") else 2)
+    if kernel == "contract" and kind == "float":
+        return Tiling(columns, rows, 4, 3)
+    return Tiling(columns, rows, 8 if rows >= 64 else 4, 3 if kernel == "contract" and kind != "double" else 2)
 
 
 @lru_cache(maxsize=1)

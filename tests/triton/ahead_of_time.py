@@ -2,7 +2,7 @@
 
 ``python tests/triton/ahead_of_time.py`` prints a table: registers, spills, shared memory, tensor memory, 128-bit global
 loads of all, matrix instructions. It fails on a spill, on memory over the architecture's limit, and where matrix
-instructions or 128-bit loads are missing from a kernel that should have them. ``--arch``, ``--kernel`` and
+instructions, or for 16-bit volumes 128-bit loads, are missing from a kernel that should have them. ``--arch``, ``--kernel`` and
 ``--dtype`` narrow it.
 """
 
@@ -141,7 +141,7 @@ def faults(row):
     if launch.kernel in PRODUCTS:
         if row["dtype"] in ("bf16", "fp16", "tf32") and not row["matrix"]:
             found.append("no matrix instructions")
-        if launch.constant["C"] % 16 == 0 and not row["wide_loads"]:
+        if row["dtype"] in ("bf16", "fp16") and launch.constant["C"] % 16 == 0 and not row["wide_loads"]:
             found.append("no 128-bit loads")
     return found
 
