@@ -2,8 +2,8 @@
 
 ``python tests/triton/ahead_of_time.py`` prints a table: registers, spills, shared memory, tensor memory, 128-bit global
 loads of all, matrix instructions. It fails on a spill, on memory over the architecture's limit, and where matrix
-instructions, or for 16-bit volumes 128-bit loads, are missing from a kernel that should have them. ``--arch``, ``--kernel`` and
-``--dtype`` narrow it.
+instructions, or for 16-bit volumes 128-bit loads, are missing from a kernel that should have them. ``--arch``,
+``--kernel`` and ``--dtype`` narrow it.
 """
 
 import argparse
