@@ -6,11 +6,11 @@ RUN := $(VENV)/bin
 # One pair that belongs together; without the pin, pip would fetch the newest CUDA build.
 TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
-.PHONY: install demo test check-triton check-mutations check-gpu lint clean
+.PHONY: install demo test check-triton check-mutations check-package check-gpu lint clean
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.py Makefile
+$(VENV)/installed: pyproject.toml setup.py Makefile $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --upgrade "setuptools>=77" wheel ninja $(TORCH)
 	$(RUN)/pip install --quiet --no-build-isolation --editable ".[test]"
@@ -44,6 +44,10 @@ check-triton: install
 # Breaks the kernels in some twenty ways, and proves that the tests see each.
 check-mutations: install
 	$(RUN)/python tests/triton/mutations.py
+
+# Builds the source distribution and the wheels from it, in pure Python and compiled, and installs one as a user would.
+check-package: install
+	$(RUN)/python tests/packaging/check.py $(TORCH)
 
 # On a machine with a GPU, in an environment with a CUDA build of torch: the tests, then the measurements.
 check-gpu:

@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from rsa_kernels import native
+
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
 OLDEST_TRITON = (3, 6)
@@ -22,6 +24,8 @@ OLDEST_TRITON = (3, 6)
 # In order of preference. A module is imported when it is first needed.
 _MODULES = {
     "triton": "rsa_kernels.triton.block",
+    "cuda": "rsa_kernels.cuda",
+    "cpp": "rsa_kernels.cpp",
     "torch": "rsa_kernels.folded",
     "reference": "rsa_kernels.reference",
 }
@@ -40,7 +44,20 @@ def available_backends() -> dict[str, str | None]:
     Returns:
         Name to ``None`` where the backend is usable on this machine, else to the reason in a sentence.
     """
-    return {name: triton_is_missing() if name == "triton" else None for name in _MODULES}
+    return {name: _is_missing(name) for name in _MODULES}
+
+
+def _is_missing(name: str) -> str | None:
+    """Why a backend cannot run on this machine, in a sentence; None if it can."""
+    if name == "triton":
+        return triton_is_missing()
+    if name == "cuda":
+        return native.missing(name) or _gpu_is_missing()
+    return native.missing(name) if name == "cpp" else None
+
+
+def _gpu_is_missing() -> str | None:
+    return None if torch.cuda.is_available() else "needs a GPU, and torch finds none: use the torch backend here"
 
 
 def module(name: str) -> ModuleType:
@@ -82,9 +99,7 @@ def _triton_is_missing(interpreted: bool) -> str | None:
         return f"needs Triton {wanted} or later, but {version} is installed: upgrade torch, which pins it"
     if interpreted:
         return None
-    if not torch.cuda.is_available():
-        return "needs a GPU, and torch finds none: use the torch backend here"
-    return _triton_fails()
+    return _gpu_is_missing() or _triton_fails()
 
 
 def _triton_fails() -> str | None:
@@ -109,10 +124,14 @@ def _gpu_is_too_old(index: int) -> str | None:
 
 def cannot_run(name: str, x: Tensor) -> str | None:
     """Why a backend cannot run a volume, in a sentence; None if it can."""
-    if name != "triton":
+    if name in ("torch", "reference"):
         return None
-    in_python = interpreted()
-    reason = _triton_is_missing(in_python)
+    if name == "cpp":
+        if x.device.type != "cpu":
+            return f"runs tensors on the CPU, and this one is on {x.device}: move it, or use the torch backend"
+        return native.missing(name)
+    in_python = name == "triton" and interpreted()
+    reason = _triton_is_missing(in_python) if name == "triton" else _is_missing(name)
     if reason or in_python:
         return reason
     if not x.is_cuda:
@@ -126,6 +145,13 @@ def _is_not_preferred(x: Tensor) -> str | None:
         return "is interpreted here, which is for tests: unset TRITON_INTERPRET"
     if torch.version.hip:
         return "is not tested on AMD GPUs: ask for it by its name"
+    if x.dtype == torch.float64:
+        return "is not measured against the library's float64 products: ask for it by its name"
+    return None
+
+
+def _is_not_measured(x: Tensor) -> str | None:
+    """Why ``auto`` does not take the CUDA extension where it can run, in a sentence; None if it does."""
     if x.dtype == torch.float64:
         return "is not measured against the library's float64 products: ask for it by its name"
     return None
@@ -200,11 +226,22 @@ class Explanation:
 def choose(x: Tensor, axes: Sequence[int]) -> Explanation:
     """The backend for a volume, by rules that the benchmarks justify; without axes, for attention alone."""
     channels, voxels = x.shape[1], x.numel() // x.shape[1]
-    others = {"reference": "makes three projections and three rearranged copies a step"}
-    reason = cannot_run("triton", x) or _is_not_preferred(x)
+    reasons = {
+        "triton": cannot_run("triton", x) or _is_not_preferred(x),
+        "cuda": cannot_run("cuda", x) or _is_not_measured(x),
+        "cpp": cannot_run("cpp", x),
+        "torch": None,
+        "reference": None,
+    }
+    chosen = next(name for name, reason in reasons.items() if reason is None)
     if axes and voxels * len(axes) < channels:
+        chosen = "reference"
         waste = f"folding the weights of {channels} channels costs more than it saves on {voxels} voxels"
-        return Explanation("reference", {"triton": reason or waste, "torch": waste})
-    if reason is None:
-        return Explanation("triton", {"torch": "makes several passes where fused kernels make one", **others})
-    return Explanation("torch", {"triton": reason, **others})
+        slower = dict.fromkeys(reasons, waste)
+    else:
+        slower = {
+            "cuda": "is for where Triton cannot run",
+            "torch": "makes several passes where fused kernels make one",
+            "reference": "makes three projections and three rearranged copies a step",
+        }
+    return Explanation(chosen, {name: reason or slower[name] for name, reason in reasons.items() if name != chosen})

@@ -1,0 +1,188 @@
+// LibTorch's stable ABI: tensors in, pointers, sizes and torch's threads on to block.cpp. What users give is checked in
+// Python before; what is checked here protects memory.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "block.h"
+#include "processor.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+rsa::Element element_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return rsa::Element::kFloat64;
+    case ScalarType::Float: return rsa::Element::kFloat32;
+    case ScalarType::BFloat16: return rsa::Element::kBFloat16;
+    case ScalarType::Half: return rsa::Element::kFloat16;
+    default: STD_TORCH_CHECK(false, "volumes must be float64, float32, bfloat16 or float16");
+  }
+  return rsa::Element::kFloat32;
+}
+
+ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+rsa::Volume volume_of(const Tensor& tensor, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 5 && tensor.scalar_type() == like.scalar_type(),
+                  "a volume must be (N, C, D, H, W) on the CPU, of one dtype with the others");
+  rsa::Volume volume;
+  volume.data = tensor.data_ptr();
+  for (int dim = 0; dim < 5; ++dim) {
+    STD_TORCH_CHECK(tensor.size(dim) == like.size(dim), "volumes must have one shape");
+    volume.sizes[dim] = tensor.size(dim);
+    volume.strides[dim] = tensor.stride(dim);
+  }
+  return volume;
+}
+
+// Inner inputs are flat, in the order of the volume that they are like.
+std::vector<rsa::Volume> volumes_of(const std::vector<Tensor>& flat, const rsa::Volume& like, const Tensor& x) {
+  std::vector<rsa::Volume> volumes;
+  for (const Tensor& tensor : flat) {
+    STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == x.numel() && tensor.scalar_type() == x.scalar_type(),
+                    "an inner input must be flat, with the elements and the dtype of x");
+    volumes.push_back(like);
+    volumes.back().data = tensor.data_ptr();
+  }
+  return volumes;
+}
+
+void* values_of(const Tensor& tensor, const Tensor& x, int64_t elements) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.numel() == elements &&
+                      tensor.scalar_type() == accumulation_type(x),
+                  "weights and maps must be contiguous, in the accumulation dtype");
+  return tensor.data_ptr();
+}
+
+// theta_weight, theta_bias, phi_weight, g_weight, g_bias, betas; or their gradients.
+rsa::Weights weights_of(const std::vector<Tensor>& tensors, const Tensor& x, int64_t steps) {
+  STD_TORCH_CHECK(tensors.size() == 6, "six tensors of weights are wanted");
+  const int64_t channels = x.size(1), square = channels * channels;
+  return {values_of(tensors[0], x, square),   values_of(tensors[1], x, channels), values_of(tensors[2], x, square),
+          values_of(tensors[3], x, square),   values_of(tensors[4], x, channels), values_of(tensors[5], x, steps)};
+}
+
+std::vector<void*> maps_of(const std::vector<Tensor>& tensors, const Tensor& x, const std::vector<int64_t>& axes) {
+  STD_TORCH_CHECK(tensors.size() == axes.size(), "one map per axis is wanted");
+  std::vector<void*> maps;
+  for (size_t i = 0; i < axes.size(); ++i) {
+    STD_TORCH_CHECK(axes[i] >= 2 && axes[i] <= 4, "an axis must be 2, 3 or 4");
+    maps.push_back(values_of(tensors[i], x, x.size(0) * x.size(axes[i]) * x.size(axes[i])));
+  }
+  return maps;
+}
+
+// Memory and threads from torch, for the time of a call.
+class TorchHost {
+ public:
+  explicit TorchHost(const Tensor& x) : type_(accumulation_type(x)) {
+    host.threads = torch::stable::get_num_threads();
+    host.allocate = [this](int64_t elements) {
+      const int64_t size[] = {elements};
+      kept_.push_back(torch::stable::empty({size, 1}, type_));
+      return kept_.back().data_ptr();
+    };
+    host.parallel = [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+      torch::stable::parallel_for(0, count, 1, body);
+    };
+    host.thread = [] {
+      uint32_t index = 0;
+      TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&index));
+      return static_cast<int64_t>(index);
+    };
+  }
+  rsa::Host host;
+
+ private:
+  ScalarType type_;
+  std::vector<Tensor> kept_;
+};
+
+std::atomic<int> instruction_set{rsa::best_instruction_set()};
+
+rsa::Block block_of(const Tensor& x, const TorchHost& memory, std::vector<int64_t> axes, double scale) {
+  const rsa::Element element = element_of(x);
+  return {rsa::passes_for(instruction_set, element), element, memory.host, std::move(axes), scale};
+}
+
+void block(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> axes, double scale, Tensor out,
+           std::vector<Tensor> maps, std::vector<Tensor> inputs) {
+  const TorchHost memory(x);
+  const rsa::Volume volume = volume_of(x, x), target = volume_of(out, x);
+  rsa::forward(block_of(x, memory, axes, scale), volume, weights_of(weights, x, axes.size()), target,
+               maps_of(maps, x, axes), volumes_of(inputs, target, x));
+}
+
+void block_backward(Tensor grad, Tensor x, std::vector<Tensor> inputs, int64_t known, std::vector<Tensor> maps,
+                    std::vector<Tensor> weights, std::vector<int64_t> axes, double scale, Tensor work, bool need_x,
+                    bool need_folded, bool need_value, std::vector<Tensor> grads) {
+  const TorchHost memory(x);
+  const rsa::Volume volume = volume_of(x, x), target = volume_of(work, x);
+  STD_TORCH_CHECK(inputs.size() + 1 == axes.size(), "one inner input for each axis but the first is wanted");
+  rsa::backward(block_of(x, memory, axes, scale), volume_of(grad, x), volume, volumes_of(inputs, target, x), known,
+                maps_of(maps, x, axes), weights_of(weights, x, axes.size()), target, need_x, need_folded, need_value,
+                weights_of(grads, x, axes.size()));
+}
+
+void contract(Tensor left, Tensor right, int64_t axis, Tensor logits) {
+  const TorchHost memory(left);
+  const auto maps = maps_of({logits}, left, {axis});
+  rsa::contract(block_of(left, memory, {axis}, 1), volume_of(left, left), volume_of(right, left), maps[0]);
+}
+
+void mix(Tensor x, Tensor matrix, bool transposed, int64_t axis, Tensor out) {
+  const TorchHost memory(x);
+  const auto maps = maps_of({matrix}, x, {axis});
+  rsa::mix(block_of(x, memory, {axis}, 1), volume_of(x, x), maps[0], transposed, volume_of(out, x));
+}
+
+std::string use_instruction_set(std::string name) {
+  if (!name.empty()) {
+    const int wanted = rsa::instruction_set_of(name.c_str());
+    STD_TORCH_CHECK(wanted >= 0, "this processor does not have the instruction set ", name);
+    instruction_set = wanted;
+  }
+  return rsa::name_of(instruction_set);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(rsa_kernels_cpp, m) {
+  m.def(
+      "block(Tensor x, Tensor[] weights, int[] axes, float scale, Tensor(a!) out, Tensor(b!)[] maps,"
+      " Tensor(c!)[] inputs) -> ()");
+  m.def(
+      "block_backward(Tensor grad, Tensor x, Tensor(a!)[] inputs, int known, Tensor[] maps, Tensor[] weights,"
+      " int[] axes, float scale, Tensor(b!) work, bool need_x, bool need_folded, bool need_value,"
+      " Tensor(c!)[] grads) -> ()");
+  m.def("contract(Tensor left, Tensor right, int axis, Tensor(a!) logits) -> ()");
+  m.def("mix(Tensor x, Tensor matrix, bool transposed, int axis, Tensor(a!) out) -> ()");
+  m.def("use_instruction_set(str name) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rsa_kernels_cpp, CompositeExplicitAutograd, m) {
+  m.impl("block", TORCH_BOX(&block));
+  m.impl("block_backward", TORCH_BOX(&block_backward));
+  m.impl("contract", TORCH_BOX(&contract));
+  m.impl("mix", TORCH_BOX(&mix));
+  m.impl("use_instruction_set", TORCH_BOX(&use_instruction_set));
+}
+
+// Importing the module is what registers the operators.
+PyMODINIT_FUNC PyInit__cpp(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpp", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

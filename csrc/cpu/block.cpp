@@ -1,0 +1,465 @@
+#include "block.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace rsa {
+namespace {
+
+// Multiply-adds below which a pass is not shared between threads, and parts that it is cut into at most.
+constexpr int64_t SERIAL = 1 << 20;
+constexpr int64_t PARTS = 64;
+// Positions in a line.
+constexpr int64_t LINE = 16;
+// Bytes of partial gradients of the weights that a block may take, and parts that it gets in any case.
+constexpr int64_t PARTIAL_GRADIENTS = 8 << 20;
+constexpr int64_t FEWEST_PARTS = 4;
+
+// One step of the block: the volume as slices along an axis, and its cut.
+struct Step {
+  int64_t batch, channels, slices, outer_size, inner_size;
+  int axis, outer, inner;
+  int64_t tile;
+  // Ranges of positions of a sample; a part is a run of ranges.
+  struct Task {
+    int64_t sample, begin, end;
+  };
+  std::vector<Task> tasks;
+  int64_t parts;
+
+  Step(const Passes& passes, const Volume& x, int64_t along, int64_t most_parts)
+      : batch(x.sizes[0]), channels(x.sizes[1]), slices(x.sizes[along]), axis(static_cast<int>(along)) {
+    outer = axis == 2 ? 3 : 2;
+    inner = axis == 4 ? 3 : 4;
+    if (x.strides[outer] < x.strides[inner]) std::swap(outer, inner);
+    outer_size = x.sizes[outer];
+    inner_size = x.sizes[inner];
+    tile = passes.tile_positions(slices, channels);
+    const int64_t positions = outer_size * inner_size;
+    const bool serial = batch * positions * slices * channels < SERIAL / (channels + slices);
+    const int64_t fitting = std::min(most_parts, batch * ((positions + tile - 1) / tile));
+    parts = 1;
+    while (!serial && 2 * parts <= fitting) parts *= 2;
+    // Between whole lines of memory, where a range has some.
+    const int64_t unit = tile >= LINE ? LINE : 1, units = (positions + unit - 1) / unit;
+    const int64_t cuts = std::min(units, (parts + batch - 1) / batch);
+    const auto edge = [&](int64_t cut) { return std::min(positions, units * cut / cuts * unit); };
+    for (int64_t sample = 0; sample < batch; ++sample) {
+      for (int64_t cut = 0; cut < cuts; ++cut) tasks.push_back({sample, edge(cut), edge(cut + 1)});
+    }
+    parts = std::min<int64_t>(parts, tasks.size());
+  }
+
+  int64_t cuts() const { return static_cast<int64_t>(tasks.size()) / batch; }
+  int64_t scratch(const Passes& passes) const { return passes.scratch_elements(slices, channels, tile); }
+  Range range(const Task& task) const { return {slices, channels, inner_size, task.begin, task.end, tile}; }
+  View view(const Volume& volume, int64_t sample, int64_t bytes) const {
+    const auto& strides = volume.strides;
+    return {static_cast<char*>(volume.data) + sample * strides[0] * bytes, strides[axis], strides[outer],
+            strides[inner], strides[1]};
+  }
+};
+
+int64_t stored_bytes(Element element) {
+  return element == Element::kFloat64 ? 8 : element == Element::kFloat32 ? 4 : 2;
+}
+
+// The driver, for one accumulation type.
+template <class T>
+class Driver {
+ public:
+  explicit Driver(const Block& block)
+      : block_(block), passes_(block.passes), host_(block.host), bytes_(stored_bytes(block.element)) {}
+
+  void forward(const Volume& x, const Weights& weights, const Volume& out, const std::vector<void*>& maps,
+               const std::vector<Volume>& inputs) {
+    fold(x.sizes[1], weights);
+    const T* betas = static_cast<const T*>(weights.betas);
+    const auto steps = cut(x, PARTS);
+    const Volume* from = &x;
+    for (size_t s = 0; s < steps.size(); ++s) {
+      const Volume& to = s < inputs.size() ? inputs[s] : out;
+      T* attention = attention_map(steps[s], *from, static_cast<T*>(maps[s]), betas[s]);
+      mix_step(steps[s], *from, attention, static_cast<const T*>(weights.g_bias), betas[s], to);
+      from = &to;
+    }
+  }
+
+  void backward(const Volume& grad, const Volume& x, const std::vector<Volume>& inputs, int64_t known,
+                const std::vector<void*>& maps, const Weights& weights, const Volume& work, bool need_x,
+                bool need_folded, bool need_value, const Weights& grads) {
+    const int64_t channels = x.sizes[1], panels = passes_.panel_elements(channels), padded = panels / channels;
+    fold(channels, weights);
+    T* value_transposed = room(panels);
+    passes_.pack_matrix(channels, weights.g_weight, false, value_transposed);
+    T* m_transposed = room(panels);
+    T* rows = room(channels * channels);
+    passes_.unpack_matrix(channels, m_, rows);
+    passes_.pack_matrix(channels, rows, true, m_transposed);
+
+    const int64_t affordable = PARTIAL_GRADIENTS / (2 * panels * static_cast<int64_t>(sizeof(T)));
+    const auto steps = cut(x, std::clamp(affordable, FEWEST_PARTS, PARTS));
+    int64_t parts = 1;
+    for (const Step& step : steps) parts = std::max(parts, step.parts);
+    // Sums of each part: over all steps, but for those of the gradient, which have a beta of their own.
+    Sums folded(parts, need_folded ? panels : 0), value(parts, need_value ? panels : 0);
+    for (Sums* sums : {&folded, &value}) {
+      if (sums->size) sums->data = room(parts * sums->size);
+      if (sums->size) std::memset(sums->data, 0, parts * sums->size * sizeof(T));
+    }
+    std::vector<double> u_grad(parts * padded), g_bias_grad(channels);
+
+    const T* betas = static_cast<const T*>(weights.betas);
+    for (size_t s = 0; s + 1 < steps.size(); ++s) {
+      if (static_cast<int64_t>(s) < known) continue;
+      const Volume& from = s == 0 ? x : inputs[s - 1];
+      T* attention = scaled_map(steps[s], static_cast<const T*>(maps[s]), betas[s]);
+      mix_step(steps[s], from, attention, static_cast<const T*>(weights.g_bias), betas[s], inputs[s]);
+    }
+
+    for (size_t s = steps.size(); s-- > 0;) {
+      const Step& step = steps[s];
+      const Volume& from = s == 0 ? x : inputs[s - 1];
+      const Volume& above = s + 1 == steps.size() ? grad : work;
+      Volume below = work;
+      if (s == 0 && !need_x) below.data = nullptr;
+      const T* attention = scaled_map(step, static_cast<const T*>(maps[s]), betas[s]);
+      const int64_t square = step.slices * step.slices;
+      std::vector<double> products(step.tasks.size() * square);
+      std::vector<double> grad_sums(step.parts * padded);
+      run(step, [&](int64_t part, int64_t index, const Step::Task& task, void* scratch) {
+        passes_.map_backward(step.range(task), step.view(from, task.sample, bytes_),
+                             step.view(above, task.sample, bytes_), attention + task.sample * square, value_transposed,
+                             products.data() + index * square, grad_sums.data() + part * padded, value.of(part),
+                             below.data ? step.view(below, task.sample, bytes_) : View{}, scratch);
+      });
+
+      T* column = room(step.batch * step.slices);
+      double grad_beta = 0;
+      T* grad_logits = softmax_backward(step, products, static_cast<const T*>(maps[s]), betas[s], column, grad_beta);
+      for (int64_t c = 0; c < channels; ++c) {
+        double sum = 0;
+        for (int64_t part = 0; part < step.parts; ++part) sum += grad_sums[part * padded + c];
+        grad_beta += static_cast<const T*>(weights.g_bias)[c] * sum;
+        g_bias_grad[c] += betas[s] * sum;
+      }
+      static_cast<T*>(grads.betas)[s] = static_cast<T>(grad_beta);
+      if (!below.data && !need_folded) continue;
+      run(step, [&](int64_t part, int64_t, const Step::Task& task, void* scratch) {
+        const View target = below.data ? step.view(below, task.sample, bytes_) : View{};
+        passes_.mix_backward(step.range(task), step.view(from, task.sample, bytes_), target,
+                             grad_logits + task.sample * square, column + task.sample * step.slices, m_, m_transposed,
+                             u_, folded.of(part), u_grad.data() + part * padded, target, scratch);
+      });
+    }
+
+    for (int64_t c = 0; c < channels; ++c) static_cast<T*>(grads.g_bias)[c] = static_cast<T>(g_bias_grad[c]);
+    if (need_value) passes_.unpack_matrix(channels, total(value), grads.g_weight);
+    if (need_folded) unfold(channels, weights, total(folded), u_grad, padded, grads);
+  }
+
+  void contract(const Volume& left, const Volume& right, T* logits) {
+    const Step step(passes_, left, block_.axes[0], PARTS);
+    const int64_t square = step.slices * step.slices;
+    std::vector<double> partial(step.tasks.size() * square);
+    run(step, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
+      passes_.contract(step.range(task), step.view(left, task.sample, bytes_), step.view(right, task.sample, bytes_),
+                       partial.data() + index * square, scratch);
+    });
+    rows_of_maps(step, [&](int64_t row, std::vector<double>& sums) {
+      add_partial(step, partial, row, sums);
+      for (int64_t j = 0; j < step.slices; ++j) logits[row * step.slices + j] = static_cast<T>(sums[j]);
+    });
+  }
+
+  void mix(const Volume& x, const T* matrix, bool transposed, const Volume& out) {
+    const Step step(passes_, x, block_.axes[0], PARTS);
+    run(step, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
+      passes_.mix_slices(step.range(task), step.view(x, task.sample, bytes_),
+                         matrix + task.sample * step.slices * step.slices, transposed,
+                         step.view(out, task.sample, bytes_), scratch);
+    });
+  }
+
+ private:
+  // A sum of each part, side by side; of nothing where the size is zero.
+  struct Sums {
+    int64_t parts, size;
+    T* data = nullptr;
+    Sums(int64_t parts, int64_t size) : parts(parts), size(size) {}
+    T* of(int64_t part) const { return size ? data + part * size : nullptr; }
+  };
+
+  T* room(int64_t elements) { return static_cast<T*>(host_.allocate(elements)); }
+
+  T* zeros(int64_t elements) {
+    T* result = room(elements);
+    std::memset(result, 0, elements * sizeof(T));
+    return result;
+  }
+
+  std::vector<Step> cut(const Volume& x, int64_t most_parts) {
+    std::vector<Step> steps;
+    for (const int64_t axis : block_.axes) steps.emplace_back(passes_, x, axis, most_parts);
+    return steps;
+  }
+
+  // Calls body(part, task's index, task, scratch) for every task, those of a part one after the other.
+  template <class Body>
+  void run(const Step& step, const Body& body) {
+    const int64_t size = step.scratch(passes_), count = step.tasks.size();
+    const int64_t threads = std::min(host_.threads, step.parts);
+    if (size * host_.threads > scratch_elements_) {
+      scratch_elements_ = size * host_.threads;
+      scratch_ = room(scratch_elements_);
+    }
+    const auto parts = [&](int64_t begin, int64_t end) {
+      T* scratch = scratch_ + host_.thread() * size;
+      for (int64_t part = begin; part < end; ++part) {
+        for (int64_t index = count * part / step.parts; index < count * (part + 1) / step.parts; ++index) {
+          body(part, index, step.tasks[index], scratch);
+        }
+      }
+    };
+    if (threads == 1) {
+      parts(0, step.parts);
+    } else {
+      host_.parallel(step.parts, parts);
+    }
+  }
+
+  // Calls body(row, room for a row in double) for the rows of all maps, `sample * S + i`.
+  template <class Body>
+  void rows_of_maps(const Step& step, const Body& body) {
+    const int64_t rows = step.batch * step.slices;
+    const auto some = [&](int64_t begin, int64_t end) {
+      std::vector<double> sums(step.slices);
+      for (int64_t row = begin; row < end; ++row) body(row, sums);
+    };
+    // A row costs about ten operations an entry and one for every partial sum.
+    if (rows * step.slices * (10 + step.cuts()) < SERIAL / 16) {
+      some(0, rows);
+    } else {
+      host_.parallel(rows, some);
+    }
+  }
+
+  void add_partial(const Step& step, const std::vector<double>& partial, int64_t row, std::vector<double>& sums) {
+    const int64_t sample = row / step.slices, i = row % step.slices, square = step.slices * step.slices;
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t cut = 0; cut < step.cuts(); ++cut) {
+      const double* from = partial.data() + (sample * step.cuts() + cut) * square + i * step.slices;
+      for (int64_t j = 0; j < step.slices; ++j) sums[j] += from[j];
+    }
+  }
+
+  // Fills the map of a step, and returns beta times it.
+  T* attention_map(const Step& step, const Volume& x, T* map, T beta) {
+    const int64_t square = step.slices * step.slices;
+    std::vector<double> partial(step.tasks.size() * square);
+    run(step, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
+      passes_.map(step.range(task), step.view(x, task.sample, bytes_), m_, u_, partial.data() + index * square, scratch);
+    });
+    T* scaled = room(step.batch * square);
+    rows_of_maps(step, [&](int64_t row, std::vector<double>& sums) {
+      add_partial(step, partial, row, sums);
+      // The logits are of the accumulation type, as everywhere; a NaN stays one.
+      T largest = static_cast<T>(sums[0]);
+      for (int64_t j = 1; j < step.slices; ++j) largest = std::max(largest, static_cast<T>(sums[j]));
+      double total = 0;
+      T* out = map + row * step.slices;
+      for (int64_t j = 0; j < step.slices; ++j) {
+        out[j] = std::exp(static_cast<T>(sums[j]) - largest);
+        total += out[j];
+      }
+      for (int64_t j = 0; j < step.slices; ++j) {
+        out[j] = static_cast<T>(out[j] / total);
+        scaled[row * step.slices + j] = beta * out[j];
+      }
+    });
+    return scaled;
+  }
+
+  T* scaled_map(const Step& step, const T* map, T beta) {
+    const int64_t count = step.batch * step.slices * step.slices;
+    T* scaled = room(count);
+    for (int64_t i = 0; i < count; ++i) scaled[i] = beta * map[i];
+    return scaled;
+  }
+
+  // The gradient of the logits from D = <Wv^T G, x>, the sums of its columns, and sum(A D).
+  T* softmax_backward(const Step& step, const std::vector<double>& partial, const T* map, T beta, T* column, double& grad_beta) {
+    const int64_t slices = step.slices, rows = step.batch * slices;
+    T* grad_logits = room(rows * slices);
+    std::vector<double> dots(rows);
+    rows_of_maps(step, [&](int64_t row, std::vector<double>& sums) {
+      add_partial(step, partial, row, sums);
+      const T* attention = map + row * slices;
+      double dot = 0;
+      for (int64_t j = 0; j < slices; ++j) dot += attention[j] * sums[j];
+      for (int64_t j = 0; j < slices; ++j) {
+        grad_logits[row * slices + j] = static_cast<T>(beta * attention[j] * (sums[j] - dot));
+      }
+      dots[row] = dot;
+    });
+    for (const double dot : dots) grad_beta += dot;
+    std::vector<double> sums(slices);
+    for (int64_t sample = 0; sample < step.batch; ++sample) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t i = 0; i < slices; ++i) {
+        for (int64_t j = 0; j < slices; ++j) sums[j] += grad_logits[(sample * slices + i) * slices + j];
+      }
+      for (int64_t j = 0; j < slices; ++j) column[sample * slices + j] = static_cast<T>(sums[j]);
+    }
+    return grad_logits;
+  }
+
+  void mix_step(const Step& step, const Volume& x, const T* attention, const T* g_bias, T beta, const Volume& out) {
+    for (int64_t c = 0; c < step.channels; ++c) bias_[c] = beta * g_bias[c];
+    const int64_t square = step.slices * step.slices;
+    run(step, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
+      passes_.mix(step.range(task), step.view(x, task.sample, bytes_), attention + task.sample * square, value_, bias_,
+                  step.view(out, task.sample, bytes_), scratch);
+    });
+  }
+
+  // Rows of a product of two (C, C) matrices, on all threads if they are large.
+  template <class Body>
+  void rows_of_matrix(int64_t channels, const Body& body) {
+    if (channels * channels * channels < SERIAL) {
+      body(0, channels);
+    } else {
+      constexpr int64_t ROWS = 48;
+      host_.parallel((channels + ROWS - 1) / ROWS, [&](int64_t begin, int64_t end) {
+        body(begin * ROWS, std::min(channels, end * ROWS));
+      });
+    }
+  }
+
+  // M = scale theta^T phi, u = scale phi^T theta_bias, and the value projection in panels.
+  void fold(int64_t channels, const Weights& weights) {
+    const int64_t panels = passes_.panel_elements(channels), padded = panels / channels;
+    theta_ = room(panels);
+    phi_ = room(panels);
+    value_ = room(panels);
+    m_ = zeros(panels);
+    u_ = zeros(padded);
+    bias_ = zeros(padded);
+    passes_.pack_matrix(channels, weights.theta_weight, false, theta_);
+    passes_.pack_matrix(channels, weights.phi_weight, false, phi_);
+    passes_.pack_matrix(channels, weights.g_weight, true, value_);
+    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
+      passes_.correlate(channels, begin, end, theta_, phi_, m_);
+    });
+    const T scale = static_cast<T>(block_.scale);
+    if (scale != 1) {
+      for (int64_t i = 0; i < panels; ++i) m_[i] *= scale;
+    }
+    const T *phi = static_cast<const T*>(weights.phi_weight), *bias = static_cast<const T*>(weights.theta_bias);
+    std::vector<double> u(channels);
+    for (int64_t row = 0; row < channels; ++row) {
+      for (int64_t c = 0; c < channels; ++c) u[c] += static_cast<double>(bias[row]) * phi[row * channels + c];
+    }
+    for (int64_t c = 0; c < channels; ++c) u_[c] = static_cast<T>(block_.scale * u[c]);
+  }
+
+  // The sum of all parts, in the place of the first.
+  T* total(const Sums& sums) {
+    const auto some = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        double sum = sums.data[i];
+        for (int64_t part = 1; part < sums.parts; ++part) sum += sums.data[part * sums.size + i];
+        sums.data[i] = static_cast<T>(sum);
+      }
+    };
+    if (sums.parts * sums.size < SERIAL / 16) {
+      some(0, sums.size);
+    } else {
+      host_.parallel(sums.size, some);
+    }
+    return sums.data;
+  }
+
+  // Gradients of theta and phi from those of M and u: d theta = phi dM^T, d phi = theta dM + theta_bias du^T,
+  // d theta_bias = phi du.
+  void unfold(int64_t channels, const Weights& weights, T* m_grad, const std::vector<double>& partial_u, int64_t padded,
+              const Weights& grads) {
+    const int64_t panels = passes_.panel_elements(channels);
+    const T scale = static_cast<T>(block_.scale);
+    for (int64_t i = 0; i < panels; ++i) m_grad[i] *= scale;
+    std::vector<double> u_grad(channels);
+    for (size_t at = 0; at < partial_u.size(); at += padded) {
+      for (int64_t c = 0; c < channels; ++c) u_grad[c] += block_.scale * partial_u[at + c];
+    }
+    T *transposed = room(panels), *rows = room(channels * channels), *product = room(panels);
+    passes_.unpack_matrix(channels, m_grad, rows);
+    passes_.pack_matrix(channels, rows, true, transposed);
+    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
+      passes_.project(channels, begin, end, phi_, transposed, product);
+    });
+    passes_.unpack_matrix(channels, product, grads.theta_weight);
+    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
+      passes_.project(channels, begin, end, theta_, m_grad, product);
+    });
+    T* phi_grad = static_cast<T*>(grads.phi_weight);
+    passes_.unpack_matrix(channels, product, phi_grad);
+    const T *phi = static_cast<const T*>(weights.phi_weight), *bias = static_cast<const T*>(weights.theta_bias);
+    for (int64_t row = 0; row < channels; ++row) {
+      double sum = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        phi_grad[row * channels + c] += static_cast<T>(bias[row] * u_grad[c]);
+        sum += phi[row * channels + c] * u_grad[c];
+      }
+      static_cast<T*>(grads.theta_bias)[row] = static_cast<T>(sum);
+    }
+  }
+
+  const Block& block_;
+  const Passes& passes_;
+  const Host& host_;
+  const int64_t bytes_;
+  T *theta_ = nullptr, *phi_ = nullptr, *value_ = nullptr, *m_ = nullptr, *u_ = nullptr, *bias_ = nullptr;
+  T* scratch_ = nullptr;
+  int64_t scratch_elements_ = 0;
+};
+
+template <class Call>
+void with_driver(const Block& block, const Call& call) {
+  if (block.element == Element::kFloat64) {
+    Driver<double> driver(block);
+    call(driver, double());
+  } else {
+    Driver<float> driver(block);
+    call(driver, float());
+  }
+}
+
+}  // namespace
+
+void forward(const Block& block, const Volume& x, const Weights& weights, const Volume& out,
+             const std::vector<void*>& maps, const std::vector<Volume>& inputs) {
+  with_driver(block, [&](auto& driver, auto) { driver.forward(x, weights, out, maps, inputs); });
+}
+
+void backward(const Block& block, const Volume& grad, const Volume& x, const std::vector<Volume>& inputs, int64_t known,
+              const std::vector<void*>& maps, const Weights& weights, const Volume& work, bool need_x,
+              bool need_folded, bool need_value, const Weights& grads) {
+  with_driver(block, [&](auto& driver, auto) {
+    driver.backward(grad, x, inputs, known, maps, weights, work, need_x, need_folded, need_value, grads);
+  });
+}
+
+void contract(const Block& block, const Volume& left, const Volume& right, void* logits) {
+  with_driver(block, [&](auto& driver, auto type) {
+    driver.contract(left, right, static_cast<decltype(type)*>(logits));
+  });
+}
+
+void mix(const Block& block, const Volume& x, const void* matrix, bool transposed, const Volume& out) {
+  with_driver(block, [&](auto& driver, auto type) {
+    driver.mix(x, static_cast<const decltype(type)*>(matrix), transposed, out);
+  });
+}
+
+}  // namespace rsa

@@ -1,0 +1,61 @@
+#include "processor.h"
+
+#include <cstring>
+
+#if defined(RSA_X86) && defined(_MSC_VER) && !defined(__clang__)
+#include <immintrin.h>
+#include <intrin.h>
+#endif
+
+namespace rsa {
+namespace {
+
+constexpr const char* NAMES[] = {"plain", "avx2", "avx512"};
+
+#if defined(RSA_X86) && defined(_MSC_VER) && !defined(__clang__)
+// Bits of CPUID, and of XCR0 for what the system saves of the registers.
+bool has(int instruction_set) {
+  int leaf1[4], leaf7[4];
+  __cpuid(leaf1, 1);
+  __cpuidex(leaf7, 7, 0);
+  if (!(leaf1[2] & (1 << 27))) return instruction_set == 0;
+  const unsigned long long saved = _xgetbv(0);
+  const bool avx2 = (saved & 0x6) == 0x6 && (leaf1[2] & (1 << 12)) && (leaf1[2] & (1 << 29)) && (leaf7[1] & (1 << 5));
+  const unsigned wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+  const bool avx512 = avx2 && (saved & 0xe6) == 0xe6 && (static_cast<unsigned>(leaf7[1]) & wanted) == wanted;
+  return instruction_set == 0 || (instruction_set == 1 ? avx2 : avx512);
+}
+#elif defined(RSA_X86)
+bool has(int instruction_set) {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return instruction_set == 0 || (instruction_set == 1 ? avx2 : avx512);
+}
+#else
+bool has(int instruction_set) { return instruction_set == 0; }
+#endif
+
+}  // namespace
+
+int best_instruction_set() { return has(2) ? 2 : has(1) ? 1 : 0; }
+
+int instruction_set_of(const char* name) {
+  for (int number = 0; number < 3; ++number) {
+    if (std::strcmp(name, NAMES[number]) == 0 && has(number)) return number;
+  }
+  return -1;
+}
+
+const char* name_of(int instruction_set) { return NAMES[instruction_set]; }
+
+const Passes& passes_for(int instruction_set, Element element) {
+#if defined(RSA_X86)
+  if (instruction_set == 2) return avx512_passes(element);
+  if (instruction_set == 1) return avx2_passes(element);
+#endif
+  return plain_passes(element);
+}
+
+}  // namespace rsa
