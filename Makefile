@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 # One pair that belongs together; without the pin, pip would fetch the newest CUDA build.
 TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
-.PHONY: install demo test check-triton check-mutations check-package check-gpu lint clean
+.PHONY: install demo test check-triton check-cuda check-sanitize check-mutations check-package check-gpu lint clean
 
 install: $(VENV)/installed
 
@@ -41,9 +41,14 @@ check-triton: install
 	$(RUN)/pip install --quiet --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
 	PYTHONPATH=$(VENV)/triton-3.6 $(RUN)/python tests/triton/ahead_of_time.py
 
-# Breaks the kernels in some twenty ways, and proves that the tests see each.
+# Compiles the CUDA extension for GPUs that need not be here: a spill or a symbol that nothing provides is an error.
+check-cuda: install
+	$(RUN)/python tests/cuda/check.py
+
+# Breaks the kernels in some fifty ways, and proves that the tests see each.
 check-mutations: install
 	$(RUN)/python tests/triton/mutations.py
+	$(RUN)/python tests/cuda/mutations.py
 
 # Builds the source distribution and the wheels from it, in pure Python and compiled, and installs one as a user would.
 check-package: install
@@ -59,4 +64,4 @@ lint: install
 	$(RUN)/ruff format --check
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist *.egg-info rsa_kernels/_*.so rsa_kernels/_built.json .pytest_cache .ruff_cache .hypothesis

@@ -29,7 +29,7 @@ def _empty_map(x: Tensor, axis: int) -> Tensor:
 
 
 def instruction_set(name: str = "") -> str:
-    """The instruction set in use: ``avx512``, ``avx2`` or ``plain``; with a name it is chosen, for the whole process."""
+    """The instruction set in use, ``avx512``, ``avx2`` or ``plain``; with a name it is chosen for the whole process."""
     return _kernels.use_instruction_set(name)
 
 

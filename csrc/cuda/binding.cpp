@@ -54,8 +54,8 @@ void check(const Tensor& tensor, const char* name, const Tensor& like, ScalarTyp
   STD_TORCH_CHECK(tensor.is_cuda(), name, " must be on a GPU");
   STD_TORCH_CHECK(tensor.get_device_index() == like.get_device_index(), name, " is on another GPU");
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), name, " has ", tensor.dim(), " dims, but must have ",
-                  sizes.size());
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), name, " has ", tensor.dim(),
+                  " dims, but must have ", sizes.size());
   int64_t dim = 0;
   for (const int64_t size : sizes) {
     STD_TORCH_CHECK(tensor.size(dim) == size, name, " has size ", tensor.size(dim), " in dim ", dim, ", but must have ",
@@ -252,6 +252,7 @@ STABLE_TORCH_LIBRARY_IMPL(rsa_kernels_cuda, CUDA, library) {
 
 // Importing the module is what loads the operators.
 PyMODINIT_FUNC PyInit__cuda() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -8,7 +8,8 @@ namespace {
 constexpr int64_t least_chunks = 4;
 
 template <typename T, int SIDE>
-__global__ void __launch_bounds__(ContractTile<T, SIDE>::threads, ContractTile<T, SIDE>::resident) contract_kernel(ContractArguments<T> arguments) {
+__global__ void __launch_bounds__(ContractTile<T, SIDE>::threads, ContractTile<T, SIDE>::per_processor)
+    contract_kernel(ContractArguments<T> arguments) {
   contract<T, SIDE>(arguments);
 }
 
@@ -23,9 +24,10 @@ cudaError_t contract_parts(Number number, const Shape& shape, int64_t* parts) {
     using T = decltype(zero);
     return with_side<T>(volume.slices, [&](auto side) {
       constexpr int SIDE = decltype(side)::value;
+      using Tile = ContractTile<T, SIDE>;
       const int64_t blocks = ceil_divide(volume.slices, SIDE);
-      const int64_t chunks = ceil_divide(volume.columns(), ContractTile<T, SIDE>::columns);
-      *parts = parts_of(chunks, blocks * blocks, volume.batch, count * (SIDE == 128 ? 2 : 4), least_chunks);
+      const int64_t chunks = ceil_divide(volume.columns(), Tile::columns);
+      *parts = parts_of(chunks, blocks * blocks, volume.batch, count * Tile::per_processor, least_chunks);
       return cudaSuccess;
     });
   });

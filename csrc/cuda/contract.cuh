@@ -1,10 +1,10 @@
 // The contraction: partial maps <left_i, right_j>, summed over the channels and positions of a slice.
 //
-// Shapes: left and right (N, D, H, W, C), partial (N, parts, S, S). A program makes a tile of SIDE x SIDE of the map, over
-// every `parts`-th chunk of columns (128 or 256 bytes of them), and leaves its sum: no atomics, and whoever adds the parts
-// does so in a fixed order. Both operands are read with what is summed over as the fast dim, 16 bytes a thread where voxels
-// are aligned, into two or three buffers of shared memory that fill while the products of another run. Traffic: 2 C V for
-// S <= SIDE, and 2 C V ceil(S / SIDE) else, most of that from the cache.
+// Shapes: left and right (N, D, H, W, C), partial (N, parts, S, S). A program makes a tile of SIDE x SIDE of the map,
+// over every `parts`-th chunk of columns (128 or 256 bytes of them), and leaves its sum: no atomics, and whoever adds
+// the parts does so in a fixed order. Both operands are read with what is summed over as the fast dim, 16 bytes a
+// thread where voxels are aligned, into two or three buffers of shared memory that fill while the products of another
+// run. Traffic: 2 C V for S <= SIDE, and 2 C V ceil(S / SIDE) else, most of that from the cache.
 #pragma once
 
 #include "tile.cuh"
@@ -36,7 +36,8 @@ struct ContractTile {
   static constexpr int threads = Product::threads;
   static constexpr int bytes = SIDE == 32 ? 256 : 128;
   static constexpr int columns = bytes / static_cast<int>(sizeof(T));
-  static constexpr int resident = sizeof(T) > 2 ? 1 : SIDE == 128 ? 2 : 4;  // blocks of a processor, at least
+  // Blocks that a processor runs at once: registers are given out so, and programs counted.
+  static constexpr int per_processor = sizeof(T) > 2 ? (SIDE == 128 ? 1 : 2) : (SIDE == 128 ? 2 : 4);
   static constexpr int stages = SIDE == 128 ? 2 : 3;
   static constexpr int stride = shared_row(bytes, 16);
   static constexpr int stage = 2 * SIDE * stride;

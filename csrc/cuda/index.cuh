@@ -1,12 +1,13 @@
 // Where things lie: volumes, chunks of the long contraction, programs, and the fragments of matrix instructions.
 //
-// A volume is dense in channels-last order: voxel v has its channels at v * row, and row is C, or more where the volume
-// is a part of a wider product. A step along one axis reads it as x[n, s, p, c], slice s and position p within it:
+// A volume is dense in channels-last order: voxel v has its channels at v * row, and row is C, or more where the
+// volume is a part of a wider product. A step along one axis reads it as x[n, s, p, c], slice s and position p within
+// it:
 //
 //     voxel(n, s, p) = n * sample + s * slice + (p / inner) * outer_step + (p % inner) * inner_step
 //
-// The columns of a slice are its pairs of position and channel, k = p * C + c, 0 <= k < P * C. A chunk is a run of them,
-// as long as a tile is wide. Offsets are 64-bit.
+// The columns of a slice are its pairs of position and channel, k = p * C + c, 0 <= k < P * C. A chunk is a run of
+// them, as long as a tile is wide. Offsets are 64-bit.
 #pragma once
 
 #include "platform.cuh"
@@ -77,14 +78,16 @@ RSA_SHARED int64_t chunks_of_part(int64_t chunks, int64_t part, int64_t parts) {
   return part < chunks ? (chunks - part - 1) / parts + 1 : 0;
 }
 
-// Bytes that a thread copies at once: 16 if that divides all places where a voxel starts, else 4, else one number.
+// Bytes that a thread copies at once: 16 if that divides all places where a voxel starts, else one number, but 4
+// rather than 2 where that can be.
 RSA_SHARED int width_of(uint64_t address, int64_t channels, int64_t row, int number) {
   const uint64_t places = address | static_cast<uint64_t>(channels * number) | static_cast<uint64_t>(row * number);
-  return places % 16 == 0 ? 16 : places % 4 == 0 ? 4 : number;
+  return places % 16 == 0 ? 16 : number < 4 && places % 4 == 0 ? 4 : number;
 }
 
-// Tiles in shared memory have rows of so many bytes. The padding puts the rows that a warp reads together into different
-// banks: 16 bytes where a lane reads 16, 32 where eight lanes read neighbours of 4 bytes in each of four rows.
+// Tiles in shared memory have rows of so many bytes. The padding puts the rows that a warp reads together into
+// different banks: 16 bytes where a lane reads 16, 32 where eight lanes read neighbours of 4 bytes in each of four
+// rows.
 RSA_SHARED constexpr int shared_row(int bytes, int padding) { return bytes + padding; }
 
 // Fragments of m16n8 products. Lane l holds of a 16 x 8 sum the columns 2 (l % 4) and the next, of rows l / 4 and

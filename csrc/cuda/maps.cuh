@@ -1,8 +1,9 @@
 // The kernels on maps: softmax, its derivative, and the padded copies that products read.
 //
-// Shapes: partial (N, parts, S, S), attention (N, S, S), padded maps (N, SP, SP) in the volume's type, row_dots (N, SP). A
-// program of 256 threads makes one row of a padded map. The parts are summed in a fixed order: groups of threads sum every
-// so many-th part, and their sums are added one after the other. Traffic: the partial maps once; nothing of a volume.
+// Shapes: partial (N, parts, S, S), attention (N, S, S), padded maps (N, SP, SP) in the volume's type, row_dots (N,
+// SP). A program of 256 threads makes one row of a padded map. The parts are summed in a fixed order: groups of
+// threads sum every so many-th part, and their sums are added one after the other. Traffic: the partial maps; nothing
+// of a volume.
 #pragma once
 
 #include "index.cuh"

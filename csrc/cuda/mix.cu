@@ -5,7 +5,8 @@ namespace rsa {
 namespace {
 
 template <typename T, int SIDE>
-__global__ void __launch_bounds__(MixTile<T, SIDE>::threads, MixTile<T, SIDE>::resident) mix_kernel(MixArguments<T> arguments) {
+__global__ void __launch_bounds__(MixTile<T, SIDE>::threads, MixTile<T, SIDE>::per_processor)
+    mix_kernel(MixArguments<T> arguments) {
   mix<T, SIDE>(arguments);
 }
 
@@ -26,7 +27,7 @@ cudaError_t mix(Number number, const MixLaunch& launch, cudaStream_t stream) {
       using Tile = MixTile<T, SIDE>;
       const int64_t blocks = ceil_divide(shape.slices, SIDE);
       const int64_t chunks = ceil_divide(shape.columns(), Tile::columns);
-      const int64_t parts = parts_of(chunks, blocks, shape.batch, count * (SIDE == 128 ? 2 : 4), 1);
+      const int64_t parts = parts_of(chunks, blocks, shape.batch, count * Tile::per_processor, 1);
       const MixArguments<T> arguments{static_cast<const T*>(launch.matrix),
                                       static_cast<const T*>(launch.volume.data),
                                       static_cast<const T*>(launch.base.data),

@@ -1,11 +1,12 @@
-// The mix: out_i = base_i + beta * sum_j matrix_ij volume_j + row_scale_i vector, where base and the last term may be absent.
+// The mix: out_i = base_i + beta * sum_j matrix_ij volume_j + row_scale_i vector; base and the last term may be
+// absent.
 //
 // Shapes: matrix (N, SP, SP), padded with zeros; volume, base, out (N, D, H, W, C); row_scale (N, SP); vector (C,). A
-// program makes SIDE slices of every `parts`-th chunk of columns; it sums over j in blocks of 128 bytes of a matrix's row.
-// Those blocks stay in shared memory where all of them fit (S <= 192 in 16 bits, 96 in float32, 48 in float64), and are
-// read again, from the cache, where they do not; the volume streams through three buffers. The sum goes to memory in whole vectors: lanes
-// exchange it first. Traffic: C V to read the volume for S <= SIDE (ceil(S / SIDE) times that else, most of it from the
-// cache), C V for base, C V to write.
+// program makes SIDE slices of every `parts`-th chunk of columns; it sums over j in blocks of 128 bytes of a matrix's
+// row. Those blocks stay in shared memory where all of them fit (S <= 192 in 16 bits, 96 in float32, 48 in float64),
+// and are read again, from the cache, where they do not; the volume streams through three buffers. The sum goes to
+// memory in whole vectors: lanes exchange it first. Traffic: C V to read the volume for S <= SIDE (ceil(S / SIDE)
+// times that else, most of it from the cache), C V for base, C V to write.
 #pragma once
 
 #include "tile.cuh"
@@ -45,7 +46,8 @@ struct MixTile {
   static constexpr int columns = Product::columns;
   static constexpr int depth = 128 / number;  // slices that a step sums over
   static constexpr int stages = 3;
-  static constexpr int resident = sizeof(T) > 2 ? 1 : SIDE == 128 ? 2 : 4;  // blocks of a processor, at least
+  // Blocks that a processor runs at once: registers are given out so, and programs counted.
+  static constexpr int per_processor = sizeof(T) > 2 ? (SIDE == 128 ? 1 : 2) : (SIDE == 128 ? 2 : 4);
   static constexpr int map_stride = shared_row(128, 16);
   static constexpr int volume_stride = shared_row(columns * number, Product::right_padding);
   static constexpr int map_bytes = SIDE * map_stride;
@@ -115,7 +117,7 @@ RSA_DEVICE void mix(const MixArguments<T>& arguments) {
             Vector<T> result;
             if (arguments.base) {
               const T* base = arguments.base + element(shape, arguments.base_row, program.sample, slice, column);
-              result = *reinterpret_cast<const Vector<T>*>(base);
+              load_16_bytes(&result, base);
             }
             RSA_UNROLL
             for (int e = 0; e < vector; ++e) {
@@ -123,7 +125,7 @@ RSA_DEVICE void mix(const MixArguments<T>& arguments) {
               result.at[e] = mixed(base, values[index][unit + e], slice, column.channel + e);
             }
             T* out = arguments.out + element(shape, arguments.out_row, program.sample, slice, column);
-            *reinterpret_cast<Vector<T>*>(out) = result;
+            store_16_bytes(out, &result);
           }
         }
       }

@@ -6,13 +6,18 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 
 #define RSA_DEVICE __device__ __forceinline__
 #define RSA_SHARED __host__ __device__ __forceinline__
-#define RSA_UNROLL _Pragma("unroll")
+#if defined(_MSC_VER) && !defined(__clang__)
+#define RSA_PRAGMA(text) __pragma(text)
+#else
 #define RSA_PRAGMA(text) _Pragma(#text)
+#endif
+#define RSA_UNROLL RSA_PRAGMA(unroll)
 #define RSA_UNROLL_BY(count) RSA_PRAGMA(unroll (count))
 
 namespace rsa {
@@ -69,6 +74,20 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragment)[4]
                : "memory");
 }
 
+// Moves 16 bytes between memory, where they are aligned, and registers, by one instruction: an assignment of a struct
+// may be split into its members.
+__device__ __forceinline__ void load_16_bytes(void* registers, const void* from) {
+  const uint4 words = *static_cast<const uint4*>(from);
+  memcpy(registers, &words, 16);
+}
+__device__ __forceinline__ void store_16_bytes(void* to, const void* registers) {
+  uint4 words;
+  memcpy(&words, registers, 16);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 __device__ __forceinline__ float exchange(float value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
@@ -77,7 +96,6 @@ __device__ __forceinline__ float exponential(float value) { return expf(value); 
 __device__ __forceinline__ double exponential(double value) { return exp(value); }
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-__device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 }  // namespace rsa

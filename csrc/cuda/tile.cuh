@@ -75,13 +75,13 @@ RSA_DEVICE void fill_by(char* tile, const Source<T>& source) {
   }
 }
 
-// `width` bytes at a time: 16 where every voxel is aligned, else 4, else one number (see width_of).
+// `width` bytes at a time: 16, one number, or 4 (see width_of).
 template <int ROWS, int BYTES, int STRIDE, int THREADS, typename T, template <typename> class Source>
 RSA_DEVICE void fill(char* tile, const Source<T>& source, int width) {
   constexpr int number = static_cast<int>(sizeof(T));
   if (width == 16) {
     fill_by<16, ROWS, BYTES, STRIDE, THREADS>(tile, source);
-  } else if (number >= 4 || width == number) {
+  } else if (width == number) {
     fill_by<number, ROWS, BYTES, STRIDE, THREADS>(tile, source);
   } else if constexpr (number < 4) {
     fill_by<4, ROWS, BYTES, STRIDE, THREADS>(tile, source);
@@ -256,7 +256,9 @@ struct ScalarProduct {
   }
 
   RSA_DEVICE static Vector<T> load(const char* tile, int byte) {
-    return *reinterpret_cast<const Vector<T>*>(tile + byte);
+    Vector<T> result;
+    load_16_bytes(&result, tile + byte);
+    return result;
   }
 
   // A thread's rows and columns are THREADS_M and THREADS_N apart, so that neighbours read neighbouring rows.

@@ -1,8 +1,8 @@
 // The transposition between contiguous and channels-last volumes: target[n, c, r] = source[n, r, c].
 //
-// Shapes: source (N, R, C), target (N, C, R); here R are the channels and C the voxels, or the other way round. A program
-// moves one tile of 64 x 64 through shared memory, whose rows are padded by 4 bytes (or one number), so that neither side
-// meets a bank twice; both sides touch memory in runs of 64 numbers. Traffic: one read, one write: 2 C V.
+// Shapes: source (N, R, C), target (N, C, R); here R are the channels and C the voxels, or the other way round. A
+// program moves one tile of 64 x 64 through shared memory, whose rows are padded by 4 bytes (or one number), so that
+// neither side meets a bank twice; both sides touch memory in runs of 64 numbers. Traffic: one read, one write: 2 C V.
 #pragma once
 
 #include "index.cuh"
@@ -30,8 +30,9 @@ RSA_DEVICE void transpose(const TransposeArguments& arguments) {
   const int64_t tiles = across * ceil_divide(arguments.rows, Tile::side);
   const int64_t sample = block_index() / tiles, tile = block_index() % tiles;
   const int64_t first_row = tile / across * Tile::side, first_column = tile % across * Tile::side;
-  const Number* const source = static_cast<const Number*>(arguments.source) + sample * arguments.rows * arguments.columns;
-  Number* const target = static_cast<Number*>(arguments.target) + sample * arguments.rows * arguments.columns;
+  const int64_t offset = sample * arguments.rows * arguments.columns;
+  const Number* const source = static_cast<const Number*>(arguments.source) + offset;
+  Number* const target = static_cast<Number*>(arguments.target) + offset;
   Number* const shared = reinterpret_cast<Number*>(shared_memory());
   const int fast = thread_index() % 32, slow = thread_index() / 32;
   RSA_UNROLL

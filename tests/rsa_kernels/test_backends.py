@@ -14,10 +14,14 @@ from rsa_kernels import (
     backends,
     explain,
     folded,
+    native,
     recurrent_slice_attention,
     slice_attention,
     use_backend,
 )
+
+# What auto takes on a CPU.
+FASTEST = "torch" if native.missing("cpp") else "cpp"
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def test_argument_then_context_then_environment_then_auto(calls, monkeypatch):
         with use_backend("auto"):
             run()
     run()
-    assert calls == ["torch", "reference", "torch", "reference", "torch", "reference"]
+    assert calls == [FASTEST, "reference", "torch", "reference", FASTEST, "reference"]
 
 
 def test_a_context_nests_and_restores_on_exceptions(calls):
@@ -64,7 +68,7 @@ def test_a_context_nests_and_restores_on_exceptions(calls):
             slice_attention(volume, volume, volume, 7)
         slice_attention(volume, volume, volume, 2)
     slice_attention(volume, volume, volume, 2)
-    assert calls == ["torch", "reference", "torch"]
+    assert calls == [FASTEST, "reference", FASTEST]
 
 
 def test_backward_runs_where_forward_ran(calls):
@@ -76,7 +80,9 @@ def test_backward_runs_where_forward_ran(calls):
 
 
 def test_unknown_names_are_refused_wherever_they_come_from(monkeypatch):
-    with pytest.raises(ValueError, match="backend is 'fast', but must be one of auto, triton, torch, reference"):
+    with pytest.raises(
+        ValueError, match="backend is 'fast', but must be one of auto, triton, cuda, cpp, torch, reference"
+    ):
         use_backend("fast").__enter__()
     monkeypatch.setattr(backends, "_environment", "fast")
     with pytest.raises(
@@ -106,7 +112,7 @@ def test_every_backend_is_listed_and_explained():
     assert list(available_backends()) == list(backends._MODULES)
     explanation = explain(random_volume((1, 3, 2, 4, 3)))
     assert {explanation.backend, *explanation.others} == set(available_backends())
-    assert str(explanation).startswith("torch: runs this volume\n")
+    assert str(explanation).startswith(f"{FASTEST}: runs this volume\n")
     assert explanation.others["reference"].startswith("makes three")
 
 
@@ -114,11 +120,11 @@ def test_weights_are_not_folded_where_that_costs_more_than_it_saves(calls):
     few, enough = torch.ones(1, 64, 1, 3, 7), torch.ones(1, 64, 1, 4, 6)
     assert explain(few).backend == "reference"
     assert "64 channels costs more than it saves on 21 voxels" in explain(few).others["torch"]
-    assert explain(enough).backend == "torch"
+    assert explain(enough).backend == FASTEST
     recurrent_slice_attention(few.double(), *random_block(64))
     recurrent_slice_attention(few.double(), *random_block(64), backend="torch")
     slice_attention(few, few, few, 4)
-    assert calls == ["reference", "torch", "torch"]
+    assert calls == ["reference", "torch", FASTEST]
 
 
 def test_the_command_reports_and_checks():
@@ -198,6 +204,28 @@ def test_auto_takes_torch_where_triton_cannot_run_or_is_not_proven(gpu, change, 
     explanation = backends.choose(Volume(), (3, 4, 2))
     assert explanation.backend == "torch"
     assert reason in explanation.others["triton"]
+
+
+def test_auto_takes_the_cuda_extension_where_triton_cannot_run(gpu):
+    gpu.setattr(native, "missing", lambda name: None)
+    assert backends.choose(Volume(), (3, 4, 2)).backend == "triton"
+    gpu.setattr(backends, "_triton_version", lambda: None)
+    backends._triton_is_missing.cache_clear()
+    explanation = backends.choose(Volume(), (3, 4, 2))
+    assert explanation.backend == "cuda"
+    assert "which is not installed" in explanation.others["triton"]
+    assert "runs tensors on the CPU" in explanation.others["cpp"]
+    gpu.setattr(Volume, "dtype", torch.float64)
+    assert "float64 products" in backends.choose(Volume(), ()).others["cuda"]
+
+
+@pytest.mark.parametrize("name", ["cpp", "cuda"])
+def test_an_extension_that_is_not_there_is_no_choice(name, monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda name: "needs an extension, which was not built: build it")
+    assert available_backends()[name] == "needs an extension, which was not built: build it"
+    assert explain(random_volume((1, 3, 2, 4, 3))).backend == "torch"
+    with pytest.raises(RuntimeError, match=rf"backend '{name}' was asked for, but it needs an extension, which was"):
+        run(backend=name)
 
 
 def test_a_triton_that_does_not_start_is_a_reason(monkeypatch):

@@ -67,7 +67,11 @@ def block(**changes):
             r"x has layout torch.sparse_coo, but must be a dense",
         ),
         ({"backend": ["torch"]}, ValueError, r"backend is \['torch'\], but must be one of"),
-        ({"backend": "cudnn"}, ValueError, r"backend is 'cudnn', but must be one of auto, triton, torch, reference"),
+        (
+            {"backend": "cudnn"},
+            ValueError,
+            r"backend is 'cudnn', but must be one of auto, triton, cuda, cpp, torch, reference",
+        ),
     ],
 )
 def test_block(changes, error, sentence):
