@@ -48,14 +48,21 @@ rsa::Volume volume_of(const Tensor& tensor, const Tensor& like) {
   return volume;
 }
 
-// Inner inputs are flat, in the order of the volume that they are like.
-std::vector<rsa::Volume> volumes_of(const std::vector<Tensor>& flat, const rsa::Volume& like, const Tensor& x) {
+// Inner inputs are flat, and ours alone: their channels are neighbours, which makes them quick to read along every axis.
+std::vector<rsa::Volume> inner_volumes(const std::vector<Tensor>& flat, const Tensor& x) {
   std::vector<rsa::Volume> volumes;
   for (const Tensor& tensor : flat) {
     STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == x.numel() && tensor.scalar_type() == x.scalar_type(),
                     "an inner input must be flat, with the elements and the dtype of x");
-    volumes.push_back(like);
-    volumes.back().data = tensor.data_ptr();
+    rsa::Volume volume;
+    volume.data = tensor.data_ptr();
+    int64_t stride = 1;
+    for (const int dim : {1, 4, 3, 2, 0}) {
+      volume.sizes[dim] = x.size(dim);
+      volume.strides[dim] = stride;
+      stride *= x.size(dim);
+    }
+    volumes.push_back(volume);
   }
   return volumes;
 }
@@ -123,7 +130,7 @@ void block(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> axes, dou
   const TorchHost memory(x);
   const rsa::Volume volume = volume_of(x, x), target = volume_of(out, x);
   rsa::forward(block_of(x, memory, axes, scale), volume, weights_of(weights, x, axes.size()), target,
-               maps_of(maps, x, axes), volumes_of(inputs, target, x));
+               maps_of(maps, x, axes), inner_volumes(inputs, x));
 }
 
 void block_backward(Tensor grad, Tensor x, std::vector<Tensor> inputs, int64_t known, std::vector<Tensor> maps,
@@ -132,7 +139,7 @@ void block_backward(Tensor grad, Tensor x, std::vector<Tensor> inputs, int64_t k
   const TorchHost memory(x);
   const rsa::Volume volume = volume_of(x, x), target = volume_of(work, x);
   STD_TORCH_CHECK(inputs.size() + 1 == axes.size(), "one inner input for each axis but the first is wanted");
-  rsa::backward(block_of(x, memory, axes, scale), volume_of(grad, x), volume, volumes_of(inputs, target, x), known,
+  rsa::backward(block_of(x, memory, axes, scale), volume_of(grad, x), volume, inner_volumes(inputs, x), known,
                 maps_of(maps, x, axes), weights_of(weights, x, axes.size()), target, need_x, need_folded, need_value,
                 weights_of(grads, x, axes.size()));
 }

@@ -320,6 +320,28 @@ RSA_INLINE void each_run(const Range& range, const View& view, const Runs& runs,
 // places in a cache. What is left over is zero like the lanes beyond C, but for a bias that meets zeros only.
 inline int64_t pitch(int64_t positions) { return positions | 1; }
 
+// Calls visit(pointer into the volume, place in the tile, channel, slice, count) for vectors of channels, where those are
+// neighbours in the volume.
+template <class V, class Stored, class Visit>
+RSA_INLINE void each_voxel(const Panels<V>& panels, const Range& range, const View& view, int64_t begin,
+                           int64_t positions, int64_t step, const Visit& visit) {
+  Stored* volume = static_cast<Stored*>(view.data);
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t start = panels.start(panel), width = panels.width(panel), filled = panels.filled(panel);
+    for (int64_t s = 0; s < range.slices; ++s) {
+      int64_t outer = begin / range.inner, column = begin % range.inner;
+      int64_t at = (start * range.slices + s * width) * step;
+      for (int64_t p = 0; p < positions; ++p, at += width) {
+        Stored* voxel = volume + s * view.slice + outer * view.outer + column * view.inner + start;
+        int64_t c = 0;
+        for (; c + V::N <= filled; c += V::N) visit(voxel + c, at + c, start + c, s, V::N);
+        if (c < filled) visit(voxel + c, at + c, start + c, s, static_cast<int>(filled - c));
+        if (++column == range.inner) column = 0, ++outer;
+      }
+    }
+  }
+}
+
 // Reads tiles of a volume, one after the other.
 //
 // A channels-first volume is copied first, and then turned: nothing but a copy, channel after channel, has as many lines
@@ -380,20 +402,10 @@ class Reader {
 
   // A volume whose channels are neighbours is as a tile is.
   void read_voxels(int64_t begin, int64_t positions, int64_t step, Of<V>* tile) {
-    const Stored* volume = static_cast<const Stored*>(view_.data);
-    for (int64_t s = 0; s < range_.slices; ++s) {
-      for (int64_t p = 0; p < positions; ++p) {
-        const int64_t at = begin + p;
-        const Stored* from =
-            volume + s * view_.slice + at / range_.inner * view_.outer + at % range_.inner * view_.inner;
-        for (int64_t c = 0; c < panels_.channels; c += V::N) {
-          const int64_t panel = c / Panels<V>::WIDTH, width = panels_.width(panel);
-          Of<V>* to = tile + panels_.start(panel) * range_.slices * step + (s * step + p) * width +
-                      (c - panels_.start(panel));
-          gather<V>(from + c, 1, static_cast<int>(smaller(V::N, panels_.channels - c))).store(to);
-        }
-      }
-    }
+    each_voxel<V, Stored>(panels_, range_, view_, begin, positions, step,
+                          [&](const Stored* from, int64_t at, int64_t channel, int64_t, int count) {
+                            gather<V>(from, 1, count).store(tile + at);
+                          });
   }
 
   // Copies positions [begin_, end_): [channel][slice][position], or [channel][position][slice].
@@ -429,20 +441,15 @@ void unpack(const Panels<V>& panels, const Range& range, const View& view, int64
   Stored* volume = static_cast<Stored*>(view.data);
   const int64_t step = pitch(positions), voxels = range.slices * step;
   if (view.channel == 1 && panels.channels > 1) {
-    for (int64_t s = 0; s < range.slices; ++s) {
-      const V coefficient = V::set(coefficients ? coefficients[s] : 1);
-      for (int64_t p = 0; p < positions; ++p) {
-        const int64_t at = begin + p;
-        Stored* to = volume + s * view.slice + at / range.inner * view.outer + at % range.inner * view.inner;
-        for (int64_t c = 0; c < panels.channels; c += V::N) {
-          const int64_t panel = c / Panels<V>::WIDTH, width = panels.width(panel);
-          V voxel = V::load(tile + panels.start(panel) * voxels + (s * step + p) * width + (c - panels.start(panel)));
-          if (values) voxel = V::multiply_add(coefficient, V::load(values + c), voxel);
-          scatter<V>(voxel, to + c, 1, static_cast<int>(smaller(V::N, panels.channels - c)));
-        }
-      }
-    }
-    return;
+    return each_voxel<V, Stored>(panels, range, view, begin, positions, step,
+                                 [&](Stored* to, int64_t at, int64_t channel, int64_t slice, int count) {
+                                   V voxel = V::load(tile + at);
+                                   if (values) {
+                                     const V coefficient = V::set(coefficients ? coefficients[slice] : 1);
+                                     voxel = V::multiply_add(coefficient, V::load(values + channel), voxel);
+                                   }
+                                   scatter<V>(voxel, to, 1, count);
+                                 });
   }
   const Runs run(range, view, begin);
   const int64_t next = run.along_slices ? step : 1;
@@ -658,7 +665,17 @@ struct Kernels {
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t width = panels.width(panel), start = panels.start(panel);
       T* rows = static_cast<T*>(to) + start * channels;
-      for (int64_t row = 0; row < channels; ++row) {
+      int64_t row = 0;
+      if (transposed && panels.filled(panel) == width) {
+        for (; row + V::N <= channels; row += V::N) {
+          for (int64_t lane = 0; lane < width; lane += V::N) {
+            V square[V::N];
+            V::turn(from + (start + lane) * channels + row, channels, square);
+            for (int i = 0; i < V::N; ++i) square[i].store(rows + (row + i) * width + lane);
+          }
+        }
+      }
+      for (; row < channels; ++row) {
         for (int64_t lane = 0; lane < width; ++lane) {
           const int64_t column = start + lane;
           const int64_t at = transposed ? column * channels + row : row * channels + column;
