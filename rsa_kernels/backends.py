@@ -20,6 +20,7 @@ from rsa_kernels import native
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
 OLDEST_TRITON = (3, 6)
+FEW_CHANNELS = 256
 
 # In order of preference. A module is imported when it is first needed.
 _MODULES = {
@@ -234,7 +235,8 @@ def choose(x: Tensor, axes: Sequence[int]) -> Explanation:
         "reference": None,
     }
     chosen = next(name for name, reason in reasons.items() if reason is None)
-    if axes and voxels * len(axes) < channels:
+    # The C++ backend folds small weights in less time than the others take to be called.
+    if axes and voxels * len(axes) < channels and not (chosen == "cpp" and channels <= FEW_CHANNELS):
         chosen = "reference"
         waste = f"folding the weights of {channels} channels costs more than it saves on {voxels} voxels"
         slower = dict.fromkeys(reasons, waste)
