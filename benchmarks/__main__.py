@@ -34,6 +34,8 @@ CASES = {
 QUICK = ("tiny", "middle 128")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
 MODES = ("full", "no_grad")
+# To each dtype, what an error may be besides twice eager's.
+FLOORS = {"float32": 1e-6, "bfloat16": 1.6e-2}
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     *("device", "threads", "torch", "commit", "date", "case", "shape", "dtype", "format", "mode", "provider"),
@@ -51,7 +53,9 @@ def providers(device: str = "cpu") -> dict[str, Callable[..., Tensor]]:
     return found
 
 
-def inputs(shape: tuple[int, ...], memory_format: torch.memory_format) -> list[Tensor]:
+def inputs(
+    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """A volume, six weights and the betas, with logits as tame as those of a trained network."""
     generator = torch.Generator().manual_seed(0)
     channels = shape[1]
@@ -59,7 +63,7 @@ def inputs(shape: tuple[int, ...], memory_format: torch.memory_format) -> list[T
     for _ in range(3):
         tensors.append(torch.randn(channels, channels, generator=generator) * 0.3 / channels**0.5)
         tensors.append(torch.randn(channels, generator=generator) * 0.1)
-    return [*tensors, torch.full((3,), 0.5)]
+    return [tensor.to(dtype) for tensor in (*tensors, torch.full((3,), 0.5))]
 
 
 def run(block: Callable[..., Tensor], tensors: list[Tensor], upstream: Tensor, mode: str) -> list[Tensor]:
@@ -77,20 +81,20 @@ def worst_error(results: list[Tensor], truths: list[Tensor]) -> float:
 
     Infinite where anything is not finite.
     """
-    errors = [((r - t).norm() / t.norm()).item() for r, t in zip(results, truths, strict=True)]
+    errors = [((r.double() - t).norm() / t.norm()).item() for r, t in zip(results, truths, strict=True)]
     return max(error if math.isfinite(error) else math.inf for index, error in enumerate(errors) if index != 5)
 
 
-def peak_extra_mib(case: str, provider: str, memory_format: str) -> dict[str, float]:
+def peak_extra_mib(case: str, provider: str, memory_format: str, dtype: str) -> dict[str, float]:
     """Per mode, the high-water mark of resident memory above its level before the pass, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks", "--peak", case, provider, memory_format]
+    command = [sys.executable, "-m", "benchmarks", "--peak", case, provider, memory_format, dtype]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return dict(zip(MODES, map(float, printed), strict=True))
 
 
-def _measure_peak(case: str, provider: str, memory_format: str) -> None:
+def _measure_peak(case: str, provider: str, memory_format: str, dtype: str) -> None:
     block = providers()[provider]
-    tensors = inputs(CASES[case], FORMATS[memory_format])
+    tensors = inputs(CASES[case], FORMATS[memory_format], getattr(torch, dtype))
     upstream = torch.ones_like(tensors[0])
     for mode in MODES:
         # Once before: libraries, thread pools and the compiler's work are not the pass's memory.
@@ -108,20 +112,21 @@ def _status_mib(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def measure(case: str, memory_format: str, repeats: int) -> list[dict]:
+def measure(case: str, memory_format: str, repeats: int, dtype: str = "float32") -> list[dict]:
     """The rows of one case: correctness first, then all providers in turn, ``repeats`` times."""
     torch._dynamo.reset()
     shape = CASES[case]
-    tensors = inputs(shape, FORMATS[memory_format])
-    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    tensors = inputs(shape, FORMATS[memory_format], getattr(torch, dtype))
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype)
     rows = []
     # What the kernel tells of a process's memory it tells on Linux.
-    peaks = {name: peak_extra_mib(case, name, memory_format) for name in providers()} if sys.platform == "linux" else {}
+    on_linux = sys.platform == "linux"
+    peaks = {name: peak_extra_mib(case, name, memory_format, dtype) for name in providers()} if on_linux else {}
     for mode in MODES:
         truths = run(published, [tensor.double() for tensor in tensors], upstream.double(), mode)
         blocks = providers()
         errors = {name: worst_error(run(block, tensors, upstream, mode), truths) for name, block in blocks.items()}
-        limit = 2 * errors["eager"] + 1e-6
+        limit = 2 * errors["eager"] + FLOORS[dtype]
         times: dict[str, list[float]] = {name: [] for name in blocks if errors[name] <= limit}
         for name in blocks.keys() - times.keys():
             print(f"not timed, because wrong: {name} on {case} ({errors[name]:.1e}, at most {limit:.1e})")
@@ -135,7 +140,7 @@ def measure(case: str, memory_format: str, repeats: int) -> list[dict]:
                 {
                     "case": case,
                     "shape": "x".join(map(str, shape)),
-                    "dtype": "float32",
+                    "dtype": dtype,
                     "format": memory_format,
                     "mode": mode,
                     "provider": name,
@@ -149,8 +154,8 @@ def measure(case: str, memory_format: str, repeats: int) -> list[dict]:
             eager = statistics.median(times["eager"]) / statistics.median(seconds)
             row = rows[-1]
             print(
-                f"{case:11s} {memory_format:16s} {mode:8s} {name:14s} {row['median_ms']:9.1f} ms, {eager:.2f} x eager, "
-                f"{row['peak_extra_mib']:>7} MiB, error {row['error']}",
+                f"{case:11s} {dtype} {memory_format:16s} {mode:8s} {name:14s} {row['median_ms']:9.1f} ms, "
+                f"{eager:.2f} x eager, {row['peak_extra_mib']:>7} MiB, error {row['error']}",
                 flush=True,
             )
     return rows
@@ -194,7 +199,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"only the cases {' and '.join(QUICK)}")
     parser.add_argument("--repeats", type=int, default=9, help="passes of each provider (default: 9)")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=FLOORS, default="float32", help="of the volumes (default: float32)")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         _measure_peak(*arguments.peak)
@@ -210,7 +216,8 @@ def main() -> None:
     path = table(device)
     for case in QUICK if arguments.quick else CASES:
         for memory_format in FORMATS:
-            append(path, COLUMNS, ({**common, **row} for row in measure(case, memory_format, arguments.repeats)))
+            rows = measure(case, memory_format, arguments.repeats, arguments.dtype)
+            append(path, COLUMNS, ({**common, **row} for row in rows))
     print(f"rows: {path}")
 
 

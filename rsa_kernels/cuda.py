@@ -163,8 +163,9 @@ class Weights:
 
     def __init__(self, machine: Machine, weights: Projections, betas: Tensor, scale: float) -> None:
         theta_weight, theta_bias, phi_weight, _, g_weight, g_bias = (weight.to(machine.precise) for weight in weights)
-        self.precise_u = (folded := fold(theta_weight, theta_bias, phi_weight, 1.0))[1]
-        self.m, self.u, self.g_weight, self.g_bias = (w.to(machine.dtype) for w in (*folded, g_weight, g_bias))
+        m, self.precise_u = fold(theta_weight, theta_bias, phi_weight, 1.0)
+        rounded = (tensor.to(machine.dtype) for tensor in (m, self.precise_u, g_weight, g_bias))
+        self.m, self.u, self.g_weight, self.g_bias = rounded
         self.betas = betas.to(machine.precise).contiguous()
         self.scale = scale
         self._machine = machine

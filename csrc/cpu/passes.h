@@ -59,6 +59,11 @@ const Passes& plain_passes(Element element);
 #define RSA_X86 1
 const Passes& avx2_passes(Element element);
 const Passes& avx512_passes(Element element);
+// For volumes in bfloat16 alone, and by compilers that know products of pairs.
+#if defined(__clang__) ? __clang_major__ >= 9 : defined(__GNUC__) ? __GNUC__ >= 10 : _MSC_VER >= 1930
+#define RSA_BF16 1
+const Passes& avx512_bf16_passes();
+#endif
 #endif
 
 }  // namespace rsa

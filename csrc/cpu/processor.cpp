@@ -10,7 +10,7 @@
 namespace rsa {
 namespace {
 
-constexpr const char* NAMES[] = {"plain", "avx2", "avx512"};
+constexpr const char* NAMES[] = {"plain", "avx2", "avx512", "avx512_bf16"};
 
 #if defined(RSA_X86) && defined(_MSC_VER) && !defined(__clang__)
 // Bits of CPUID, and of XCR0 for what the system saves of the registers.
@@ -23,7 +23,16 @@ bool has(int instruction_set) {
   const bool avx2 = (saved & 0x6) == 0x6 && (leaf1[2] & (1 << 12)) && (leaf1[2] & (1 << 29)) && (leaf7[1] & (1 << 5));
   const unsigned wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
   const bool avx512 = avx2 && (saved & 0xe6) == 0xe6 && (static_cast<unsigned>(leaf7[1]) & wanted) == wanted;
-  return instruction_set == 0 || (instruction_set == 1 ? avx2 : avx512);
+  bool bf16 = false;
+#if defined(RSA_BF16)
+  if (avx512 && leaf7[0] >= 1) {
+    int more[4];
+    __cpuidex(more, 7, 1);
+    bf16 = more[0] & (1 << 5);
+  }
+#endif
+  const bool found[] = {true, avx2, avx512, bf16};
+  return found[instruction_set];
 }
 #elif defined(RSA_X86)
 bool has(int instruction_set) {
@@ -31,7 +40,13 @@ bool has(int instruction_set) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return instruction_set == 0 || (instruction_set == 1 ? avx2 : avx512);
+#if defined(RSA_BF16)
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  const bool bf16 = false;
+#endif
+  const bool found[] = {true, avx2, avx512, bf16};
+  return found[instruction_set];
 }
 #else
 bool has(int instruction_set) { return instruction_set == 0; }
@@ -39,10 +54,14 @@ bool has(int instruction_set) { return instruction_set == 0; }
 
 }  // namespace
 
-int best_instruction_set() { return has(2) ? 2 : has(1) ? 1 : 0; }
+int best_instruction_set() {
+  int best = 3;
+  while (!has(best)) --best;
+  return best;
+}
 
 int instruction_set_of(const char* name) {
-  for (int number = 0; number < 3; ++number) {
+  for (int number = 0; number < 4; ++number) {
     if (std::strcmp(name, NAMES[number]) == 0 && has(number)) return number;
   }
   return -1;
@@ -52,7 +71,10 @@ const char* name_of(int instruction_set) { return NAMES[instruction_set]; }
 
 const Passes& passes_for(int instruction_set, Element element) {
 #if defined(RSA_X86)
-  if (instruction_set == 2) return avx512_passes(element);
+#if defined(RSA_BF16)
+  if (instruction_set == 3 && element == Element::kBFloat16) return avx512_bf16_passes();
+#endif
+  if (instruction_set >= 2) return avx512_passes(element);
   if (instruction_set == 1) return avx2_passes(element);
 #endif
   return plain_passes(element);

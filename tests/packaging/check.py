@@ -143,6 +143,7 @@ def main(requirements: list[str]) -> None:
         expect(answer == "None", f"the C++ extension loads in a fresh environment: {answer}")
         report = run(python, "-m", "rsa_kernels", "--check", folder=folder)
         print(report.strip())
+        expect("backend cpp: usable" in report, "which says that the cpp backend is usable")
         expect("FAIL" not in report, "python -m rsa_kernels --check passes there")
 
         run(python, "-m", "pip", "install", "--quiet", "--upgrade", "setuptools", folder=folder)
