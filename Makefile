@@ -45,6 +45,10 @@ check-triton: install
 check-cuda: install
 	$(RUN)/python tests/cuda/check.py
 
+# Runs the C++ kernels under the address, undefined-behaviour and thread sanitizers, which g++ and clang++ bring along.
+check-sanitize: install
+	$(RUN)/python tests/cpp/sanitize.py
+
 # Breaks the kernels in some fifty ways, and proves that the tests see each.
 check-mutations: install
 	$(RUN)/python tests/triton/mutations.py

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rsa_kernels import native
 from rsa_kernels.folding import Gradients, Projections, accumulation_dtype
 
 _kernels = torch.ops.rsa_kernels_cpp
@@ -29,7 +30,16 @@ def _empty_map(x: Tensor, axis: int) -> Tensor:
 
 
 def instruction_set(name: str = "") -> str:
-    """The instruction set in use, ``avx512``, ``avx2`` or ``plain``; with a name it is chosen for the whole process."""
+    """The instruction set in use: ``avx512_bf16``, ``avx512``, ``avx2`` or ``plain``.
+
+    Args:
+        name: the one to use from now on in the whole process; by default nothing changes.
+
+    Raises:
+        RuntimeError: if this processor does not have it, or the extension cannot be used.
+    """
+    if reason := native.missing("cpp"):
+        raise RuntimeError(f"the instruction set of backend 'cpp' was asked for, but it {reason}")
     return _kernels.use_instruction_set(name)
 
 

@@ -9,11 +9,11 @@ namespace {
 
 // Multiply-adds below which a pass is not shared between threads, and parts that it is cut into at most.
 constexpr int64_t SERIAL = 1 << 20;
-constexpr int64_t PARTS = 64;
+constexpr int64_t PARTS = 32;
 // Positions in a line.
 constexpr int64_t LINE = 16;
 // Bytes of partial gradients of the weights that a block may take, and parts that it gets in any case.
-constexpr int64_t PARTIAL_GRADIENTS = 8 << 20;
+constexpr int64_t PARTIAL_GRADIENTS = 4 << 20;
 constexpr int64_t FEWEST_PARTS = 4;
 
 // One step of the block: the volume as slices along an axis, and its cut.
@@ -52,7 +52,9 @@ struct Step {
   }
 
   int64_t cuts() const { return static_cast<int64_t>(tasks.size()) / batch; }
-  int64_t scratch(const Passes& passes) const { return passes.scratch_elements(slices, channels, tile); }
+  int64_t scratch(const Passes& passes, bool backward) const {
+    return passes.scratch_elements(slices, channels, tile, backward);
+  }
   Range range(const Task& task) const { return {slices, channels, inner_size, task.begin, task.end, tile}; }
   View view(const Volume& volume, int64_t sample, int64_t bytes) const {
     const auto& strides = volume.strides;
@@ -128,7 +130,7 @@ class Driver {
       const int64_t square = step.slices * step.slices;
       std::vector<double> products(step.tasks.size() * square);
       std::vector<double> grad_sums(step.parts * padded);
-      run(step, [&](int64_t part, int64_t index, const Step::Task& task, void* scratch) {
+      run(step, true, [&](int64_t part, int64_t index, const Step::Task& task, void* scratch) {
         passes_.map_backward(step.range(task), step.view(from, task.sample, bytes_),
                              step.view(above, task.sample, bytes_), attention + task.sample * square, value_transposed,
                              products.data() + index * square, grad_sums.data() + part * padded, value.of(part),
@@ -146,7 +148,7 @@ class Driver {
       }
       static_cast<T*>(grads.betas)[s] = static_cast<T>(grad_beta);
       if (!below.data && !need_folded) continue;
-      run(step, [&](int64_t part, int64_t, const Step::Task& task, void* scratch) {
+      run(step, true, [&](int64_t part, int64_t, const Step::Task& task, void* scratch) {
         const View target = below.data ? step.view(below, task.sample, bytes_) : View{};
         passes_.mix_backward(step.range(task), step.view(from, task.sample, bytes_), target,
                              grad_logits + task.sample * square, column + task.sample * step.slices, m_, m_transposed,
@@ -163,7 +165,7 @@ class Driver {
     const Step step(passes_, left, block_.axes[0], PARTS);
     const int64_t square = step.slices * step.slices;
     std::vector<double> partial(step.tasks.size() * square);
-    run(step, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
+    run(step, true, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
       passes_.contract(step.range(task), step.view(left, task.sample, bytes_), step.view(right, task.sample, bytes_),
                        partial.data() + index * square, scratch);
     });
@@ -175,7 +177,7 @@ class Driver {
 
   void mix(const Volume& x, const T* matrix, bool transposed, const Volume& out) {
     const Step step(passes_, x, block_.axes[0], PARTS);
-    run(step, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
+    run(step, false, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
       passes_.mix_slices(step.range(task), step.view(x, task.sample, bytes_),
                          matrix + task.sample * step.slices * step.slices, transposed,
                          step.view(out, task.sample, bytes_), scratch);
@@ -205,10 +207,11 @@ class Driver {
     return steps;
   }
 
-  // Calls body(part, task's index, task, scratch) for every task, those of a part one after the other.
+  // Calls body(part, task's index, task, scratch) for every task, those of a part one after the other. `backward` says that
+  // the pass reads two volumes.
   template <class Body>
-  void run(const Step& step, const Body& body) {
-    const int64_t size = step.scratch(passes_), count = step.tasks.size();
+  void run(const Step& step, bool backward, const Body& body) {
+    const int64_t size = step.scratch(passes_, backward), count = step.tasks.size();
     const int64_t threads = std::min(host_.threads, step.parts);
     if (size * host_.threads > scratch_elements_) {
       scratch_elements_ = size * host_.threads;
@@ -258,7 +261,7 @@ class Driver {
   T* attention_map(const Step& step, const Volume& x, T* map, T beta) {
     const int64_t square = step.slices * step.slices;
     std::vector<double> partial(step.tasks.size() * square);
-    run(step, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
+    run(step, false, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
       passes_.map(step.range(task), step.view(x, task.sample, bytes_), m_, u_, partial.data() + index * square, scratch);
     });
     T* scaled = room(step.batch * square);
@@ -318,7 +321,7 @@ class Driver {
   void mix_step(const Step& step, const Volume& x, const T* attention, const T* g_bias, T beta, const Volume& out) {
     for (int64_t c = 0; c < step.channels; ++c) bias_[c] = beta * g_bias[c];
     const int64_t square = step.slices * step.slices;
-    run(step, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
+    run(step, false, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
       passes_.mix(step.range(task), step.view(x, task.sample, bytes_), attention + task.sample * square, value_, bias_,
                   step.view(out, task.sample, bytes_), scratch);
     });

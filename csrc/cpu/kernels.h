@@ -349,11 +349,8 @@ RSA_INLINE void each_voxel(const Panels<V>& panels, const Range& range, const Vi
 template <class V, class Stored>
 class Reader {
  public:
-  // Positions that a copy holds if tiles are shorter.
-  static constexpr int64_t COPIED = 64;
-
   static int64_t buffer_elements(int64_t slices, int64_t channels, int64_t positions) {
-    const int64_t copied = rounded(positions > COPIED ? positions : COPIED);
+    const int64_t copied = rounded(copied_positions(slices, channels, positions));
     const int64_t rows = slices * copied, turned = copied * rounded(slices);
     return Panels<V>(channels).padded * ((rows > turned ? rows : turned) + V::N);
   }
@@ -374,7 +371,7 @@ class Reader {
     if (view_.channel == 1 && panels_.channels > 1) return read_voxels(begin, positions, step, tile);
     if (begin + positions > end_) {
       begin_ = begin;
-      end_ = smaller(range_.end, begin + (positions > COPIED ? positions : COPIED));
+      end_ = smaller(range_.end, begin + copied_positions(range_.slices, range_.channels, positions));
       copy();
     }
     const int64_t next = along_slices_ ? step : 1, other = along_slices_ ? 1 : step;
@@ -398,6 +395,13 @@ class Reader {
   }
 
  private:
+  // Positions of a copy: a tile's, or four lines of memory if those are within so many bytes.
+  static int64_t copied_positions(int64_t slices, int64_t channels, int64_t positions) {
+    constexpr int64_t BYTES = 768 << 10, MOST = 64;
+    const int64_t fitting = smaller(MOST, BYTES / (slices * channels * static_cast<int64_t>(sizeof(Of<V>))));
+    return positions > fitting ? positions : fitting;
+  }
+
   static int64_t rounded(int64_t length) { return (length + V::N - 1) / V::N * V::N; }
 
   // A volume whose channels are neighbours is as a tile is.
@@ -507,34 +511,36 @@ struct Kernels {
     return fitting >= LINE ? fitting / LINE * LINE : fitting < 1 ? 1 : fitting;
   }
 
-  // A short tile may hold half as many positions again as it should: see each_tile.
+  // Positions in the longest tile: a short one may hold half as many again as it should, see each_tile.
+  static int64_t longest(int64_t tile) { return tile >= LINE ? tile : tile + tile / 2 + 1; }
+
   static int64_t tile_elements(int64_t slices, int64_t channels, int64_t tile) {
-    return slices * Panels<V>(channels).padded * (tile + tile / 2 + 2);
+    return slices * Panels<V>(channels).padded * pitch(longest(tile));
   }
 
   static int64_t copy_elements(int64_t slices, int64_t channels, int64_t tile) {
-    return Reader<V, Stored>::buffer_elements(slices, channels, tile + tile / 2 + 2);
+    return Reader<V, Stored>::buffer_elements(slices, channels, longest(tile));
   }
 
-  // Past the last buffer lines may be read, though not used.
-  static int64_t scratch_elements(int64_t slices, int64_t channels, int64_t tile) {
-    return 4 * tile_elements(slices, channels, tile) + 2 * copy_elements(slices, channels, tile) +
-           V::N * (slices + 2) * Panels<V>::WIDTH;
+  // Forward passes need one half of the buffers. Past the last one lines may be read, though not used.
+  static int64_t scratch_elements(int64_t slices, int64_t channels, int64_t tile, bool backward) {
+    const int64_t half = 2 * tile_elements(slices, channels, tile) + copy_elements(slices, channels, tile);
+    return (backward ? 2 : 1) * half + V::N * (slices + 2) * Panels<V>::WIDTH;
   }
 
   static int64_t panel_elements(int64_t channels) { return channels * Panels<V>(channels).padded; }
 
-  // The scratch tiles of a pass.
+  // The scratch of a pass; what a forward pass needs comes first.
   struct Buffers {
-    T* tiles[4];
-    T* copies[2];
+    T *tiles[4], *copies[2];
     Buffers(const Range& range, void* scratch) {
-      for (int i = 0; i < 4; ++i) {
-        tiles[i] = static_cast<T*>(scratch) + i * tile_elements(range.slices, range.channels, range.tile);
-      }
-      for (int i = 0; i < 2; ++i) {
-        copies[i] = tiles[3] + tile_elements(range.slices, range.channels, range.tile) +
-                    i * copy_elements(range.slices, range.channels, range.tile);
+      const int64_t tile = tile_elements(range.slices, range.channels, range.tile);
+      T* next = static_cast<T*>(scratch);
+      for (int half = 0; half < 2; ++half) {
+        tiles[2 * half] = next;
+        tiles[2 * half + 1] = next + tile;
+        copies[half] = next + 2 * tile;
+        next = copies[half] + copy_elements(range.slices, range.channels, range.tile);
       }
     }
   };

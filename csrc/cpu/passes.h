@@ -50,7 +50,7 @@ struct Passes {
   // Bytes of the element type, elements of a (C, C) matrix in panels, elements of scratch, positions in a tile.
   int64_t accumulator_bytes;
   int64_t (*panel_elements)(int64_t channels);
-  int64_t (*scratch_elements)(int64_t slices, int64_t channels, int64_t tile);
+  int64_t (*scratch_elements)(int64_t slices, int64_t channels, int64_t tile, bool backward);
   int64_t (*tile_positions)(int64_t slices, int64_t channels);
 };
 
@@ -60,7 +60,7 @@ const Passes& plain_passes(Element element);
 const Passes& avx2_passes(Element element);
 const Passes& avx512_passes(Element element);
 // For volumes in bfloat16 alone, and by compilers that know products of pairs.
-#if defined(__clang__) ? __clang_major__ >= 9 : defined(__GNUC__) ? __GNUC__ >= 10 : _MSC_VER >= 1930
+#if defined(__clang__) ? __clang_major__ >= 10 : defined(__GNUC__) ? __GNUC__ >= 11 : _MSC_VER >= 1930
 #define RSA_BF16 1
 const Passes& avx512_bf16_passes();
 #endif
