@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from support import BACKENDS
 
 from benchmarks import __main__ as benchmarks
 from rsa_kernels import recurrent_slice_attention
@@ -30,11 +31,22 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's own peak memory")
 def test_the_peak_of_a_pass_counts_its_volumes(monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "CASES", {"one": (1, 8, 64, 64, 64)})
-    benchmarks._measure_peak("one", "eager", "contiguous")
+    benchmarks._measure_peak("one", "eager", "contiguous", "float32")
     full, no_grad = map(float, capsys.readouterr().out.split())
     volume = 8
     assert full > 10 * volume
     assert 2 * volume < no_grad < full
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's own peak memory")
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built")
+def test_cpp_keeps_the_promise_of_its_memory(monkeypatch, capsys):
+    monkeypatch.setattr(benchmarks, "CASES", {"one": (1, 32, 64, 64, 64)})
+    benchmarks._measure_peak("one", "cpp", "contiguous", "float32")
+    full, no_grad = map(float, capsys.readouterr().out.split())
+    volume = 32
+    assert volume < no_grad < 1.2 * volume
+    assert 4 * volume < full < 4.4 * volume
 
 
 def test_rows_have_the_columns_of_the_table(monkeypatch, tmp_path):
