@@ -58,8 +58,9 @@ check-mutations: install
 check-package: install
 	$(RUN)/python tests/packaging/check.py $(TORCH)
 
-# On a machine with a GPU, in an environment with a CUDA build of torch: the tests, then the measurements.
+# On a machine with a GPU, in an environment with a CUDA build of torch: the extensions, the tests, then the measurements.
 check-gpu:
+	$(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m pytest tests/gpu
 	$(PYTHON) -m benchmarks.gpu
 
