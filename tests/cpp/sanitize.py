@@ -56,7 +56,9 @@ class Origin:
 
 sys.exit(pytest.main(sys.argv[2:], plugins=[Origin()]))
 """
-FINDING = re.compile(r"((?:ERROR|WARNING|FATAL): \w+Sanitizer:? .*|.*runtime error: .*|FAIL .*)")
+FINDING = re.compile(
+    r"((?:ERROR|WARNING|FATAL): \w+Sanitizer:? .*|\w+Sanitizer: CHECK failed.*|.*runtime error: .*|FAIL .*)"
+)
 
 
 class CheckError(Exception):
