@@ -49,10 +49,11 @@ check-cuda: install
 check-sanitize: install
 	$(RUN)/python tests/cpp/sanitize.py
 
-# Breaks the kernels in some fifty ways, and proves that the tests see each.
+# Breaks the kernels in some seventy ways, and proves that the tests see each.
 check-mutations: install
 	$(RUN)/python tests/triton/mutations.py
 	$(RUN)/python tests/cuda/mutations.py
+	$(RUN)/python tests/cpp/mutations.py
 
 # Builds the source distribution and the wheels from it, in pure Python and compiled, and installs one as a user would.
 check-package: install

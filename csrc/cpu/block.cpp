@@ -10,8 +10,6 @@ namespace {
 // Multiply-adds below which a pass is not shared between threads, and parts that it is cut into at most.
 constexpr int64_t SERIAL = 1 << 20;
 constexpr int64_t PARTS = 32;
-// Positions in a line.
-constexpr int64_t LINE = 16;
 // Bytes of partial gradients of the weights that a block may take, and parts that it gets in any case.
 constexpr int64_t PARTIAL_GRADIENTS = 4 << 20;
 constexpr int64_t FEWEST_PARTS = 4;

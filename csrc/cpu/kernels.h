@@ -20,6 +20,7 @@
 
 namespace {
 
+using rsa::LINE;
 using rsa::Range;
 using rsa::View;
 
@@ -136,7 +137,7 @@ void multiply(int64_t rows, int64_t columns, const Of<V>* b, int64_t b_row, int6
 // out[voxel][:] = initial + sum_c rows[voxel][c] weights[c][:], for voxels [begin, end) of `voxels`.
 template <class V>
 void project_tile(const Panels<V>& panels, int64_t voxels, int64_t begin, int64_t end, const Of<V>* rows,
-             const Of<V>* weights, Of<V>* out, bool accumulate, const Of<V>* bias) {
+                  const Of<V>* weights, Of<V>* out, bool accumulate, const Of<V>* bias) {
   for (int64_t to = 0; to < panels.count; ++to) {
     const int64_t width = panels.width(to);
     Of<V>* target = out + panels.start(to) * voxels + begin * width;
@@ -152,8 +153,8 @@ void project_tile(const Panels<V>& panels, int64_t voxels, int64_t begin, int64_
 
 // out_i = sum_j matrix_ij tile_j; the matrix by its strides, so that its transpose needs no copy.
 template <class V>
-void mix_tile(const Panels<V>& panels, int64_t slices, int64_t positions, const Of<V>* matrix, int64_t row, int64_t column,
-         const Of<V>* tile, Of<V>* out, bool accumulate) {
+void mix_tile(const Panels<V>& panels, int64_t slices, int64_t positions, const Of<V>* matrix, int64_t row,
+              int64_t column, const Of<V>* tile, Of<V>* out, bool accumulate) {
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t offset = panels.start(panel) * slices * positions, run = positions * panels.width(panel);
     multiply<V>(slices, run, matrix, row, column, tile + offset, run, out + offset, run, slices, accumulate, nullptr);
@@ -251,7 +252,7 @@ void contract_tiles(const Panels<V>& panels, int64_t slices, int64_t positions, 
     for (int64_t column = 0; column < slices; column += 4) {
       kernel(panels, slices, positions, rows, columns, row, column, static_cast<int>(smaller(4, slices - column)),
              products + row * slices + column);
-      }
+    }
   }
 }
 
@@ -407,7 +408,7 @@ class Reader {
   // A volume whose channels are neighbours is as a tile is.
   void read_voxels(int64_t begin, int64_t positions, int64_t step, Of<V>* tile) {
     each_voxel<V, Stored>(panels_, range_, view_, begin, positions, step,
-                          [&](const Stored* from, int64_t at, int64_t channel, int64_t, int count) {
+                          [&](const Stored* from, int64_t at, int64_t, int64_t, int count) {
                             gather<V>(from, 1, count).store(tile + at);
                           });
   }
@@ -503,8 +504,6 @@ struct Kernels {
 
   // Bytes of a tile: two or three of them, and a block of weights, fit the second cache.
   static constexpr int64_t TILE = 256 << 10;
-  // Positions in a line of memory, which tiles of whole lines read once.
-  static constexpr int64_t LINE = 16;
 
   static int64_t tile_positions(int64_t slices, int64_t channels) {
     const int64_t fitting = TILE / (slices * Panels<V>(channels).padded * static_cast<int64_t>(sizeof(T)));

@@ -799,7 +799,7 @@ struct Scratch {
 // As many positions as a tile of floats has, but whole lines of memory, which hold twice as many.
 inline int64_t tile_positions(int64_t slices, int64_t channels) {
   const int64_t fitting = Float::tile_positions(slices, channels);
-  return fitting < Float::LINE ? fitting : (fitting + Float::LINE) / (2 * Float::LINE) * (2 * Float::LINE);
+  return fitting < LINE ? fitting : (fitting + LINE) / (2 * LINE) * (2 * LINE);
 }
 
 inline int64_t scratch_elements(int64_t slices, int64_t channels, int64_t tile, bool) {

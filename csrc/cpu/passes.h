@@ -8,6 +8,9 @@ namespace rsa {
 
 enum class Element { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
+// Positions in a line of memory, where tiles and ranges begin if they are that long.
+constexpr int64_t LINE = 16;
+
 // One sample of a volume as a step sees it: strides in elements. A position is `outer * sizes.inner + inner`.
 struct View {
   void* data;

@@ -231,6 +231,22 @@ def test_scratch_is_written_before_it_is_read(dtype, instruction_set):
     assert all(torch.equal(one, other) for one, other in zip(clean, poisoned, strict=True))
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_as_torch_rounds_it(dtype, memory_format, instruction_set):
+    """The mean of two slices, whose sum is exact in float32, of numbers of all sizes; float16's subnormal ones too."""
+    bits = torch.randint(-(2**15), 2**15, (1, 33, 2, 7, 19), generator=torch.Generator().manual_seed(0))
+    value = bits.to(torch.int16).view(dtype)
+    value = torch.where(value.isfinite() & (value.float().abs() < 1e30), value, 1)
+    if dtype == torch.bfloat16:  # whose dot products take the smallest numbers for zero
+        value = torch.where(value.float().abs() > 1e-30, value, 1)
+    value = value.contiguous(memory_format=memory_format)
+    equal = torch.zeros_like(value)
+    out = slice_attention(equal, equal, value, 2, backend="cpp")
+    mean = value.float().mean(2, keepdim=True).to(dtype)
+    assert torch.equal(out, mean.expand_as(out))
+
+
 def test_nan_and_infinity_stay_visible(instruction_set):
     for bad in (float("nan"), float("inf")):
         x = random_volume((1, 5, 6, 7, 8)).float()

@@ -1,18 +1,11 @@
-"""Breaks the CUDA kernels on purpose, one fault at a time, and proves that the tests see each.
+"""Faults of the CUDA kernels, which their tests see in the emulator; see :mod:`mutations`."""
 
-Every fault is written into a copy of the sources, where the tests that should see it run the kernels in their emulator.
-The script fails if one of them stays green, or if a fault no longer fits the code. An argument narrows it to the
-faults whose description holds it.
-"""
-
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mutations import prove
+
 INDEX, TILE, CONTRACT, MIX, MAPS, TRANSPOSE = (
     f"csrc/cuda/{name}.cuh" for name in ("index", "tile", "contract", "mix", "maps", "transpose")
 )
@@ -139,41 +132,5 @@ FAULTS = [
     ("half precision overflows", BACKEND, "HALF_SHRINK = 2.0**-8", "HALF_SHRINK = 1.0", "range_of_float16"),
 ]
 
-
-def judge(fault):
-    """Runs the tests on a copy with the fault; returns whether they saw it, and the line to print."""
-    name, path, right, wrong, tests = fault
-    with tempfile.TemporaryDirectory() as folder:
-        for part in ("csrc/cuda", "rsa_kernels", "rsanet", "tests", "benchmarks"):
-            shutil.copytree(
-                ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__", "results", "*.so")
-            )
-        shutil.copy(ROOT / "pyproject.toml", folder)
-        source = Path(folder) / path
-        text = source.read_text()
-        if right not in text:
-            return False, f"GONE   {name}: {path} has no {right!r}"
-        source.write_text(text.replace(right, wrong))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/cuda", "-k", tests]
-        environment = {**os.environ, "PYTHONPATH": folder}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    # A test failed; one that could not even be collected would prove nothing.
-    seen = done.returncode == 1 and "FAILED" in done.stdout
-    crashed = done.returncode < 0 or "Fatal Python error" in done.stderr  # the emulator refused
-    return seen or crashed, f"{'seen  ' if seen or crashed else 'MISSED'} {name}"
-
-
-def main():
-    results, wanted = [], sys.argv[1] if len(sys.argv) > 1 else ""
-    for fault in FAULTS:
-        if wanted not in fault[0]:
-            continue
-        seen, line = judge(fault)
-        print(line, flush=True)
-        results.append(seen)
-    print(f"{sum(results)} of {len(results)} faults seen")
-    return 0 if all(results) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(prove(FAULTS, "tests/cuda"))

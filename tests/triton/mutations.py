@@ -1,18 +1,12 @@
-"""Breaks the kernels on purpose, one fault at a time, and proves that the tests see each: ``make check-mutations``.
-
-Every fault is written into a copy of the sources, where the tests that should see it run in the interpreter. The
-script fails if one of them stays green, or if a fault no longer fits the code.
-"""
+"""Faults of the Triton kernels, which their tests see in the interpreter; see :mod:`mutations`."""
 
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mutations import prove
+
 NARROW, WIDE, MAPS = (f"rsa_kernels/triton/{name}.py" for name in ("narrow", "wide", "maps"))
 TILES, VOLUMES, BLOCK = (f"rsa_kernels/triton/{name}.py" for name in ("tiles", "volumes", "block"))
 SHAPES = "any_shape_in_every_regime"
@@ -88,37 +82,5 @@ FAULTS = [
     ),
 ]
 
-
-def judge(fault):
-    """Runs the tests on a copy with the fault; returns whether they saw it, and the line to print."""
-    name, path, right, wrong, tests = fault
-    with tempfile.TemporaryDirectory() as folder:
-        for part in ("rsa_kernels", "rsanet", "tests", "benchmarks"):
-            shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
-        source = Path(folder) / path
-        text = source.read_text()
-        if right not in text:
-            return False, f"GONE  {name}: {path} has no {right!r}"
-        source.write_text(text.replace(right, wrong))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/triton", "-k", tests]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folder}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    # A test failed; one that could not even be collected would prove nothing.
-    seen = done.returncode == 1 and "FAILED" in done.stdout
-    crashed = done.returncode < 0  # a read from memory that is not there
-    return seen or crashed, f"{'seen ' if seen or crashed else 'MISSED'} {name}"
-
-
-def main():
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = []
-        for seen, line in pool.map(judge, FAULTS):
-            print(line, flush=True)
-            results.append(seen)
-    print(f"{sum(results)} of {len(results)} faults seen")
-    return 0 if all(results) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(prove(FAULTS, "tests/triton", workers=os.cpu_count(), TRITON_INTERPRET="1"))

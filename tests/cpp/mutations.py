@@ -1,0 +1,44 @@
+"""Faults of the C++ kernels, which are built with each; see :mod:`mutations`. Half a minute and a test run a fault."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mutations import prove
+
+KERNELS, BFLOAT16, BLOCK, STORAGE = (
+    f"csrc/cpu/{name}" for name in ("kernels.h", "kernels_bf16.h", "block.cpp", "storage.h")
+)
+EXACT, BITS, SCRATCH, ROUNDED = "as_exact", "bits_do", "scratch_is_written", "rounded_as_torch"
+
+# What is wrong, where, the right code, the wrong code, which tests run.
+FAULTS = [
+    (
+        "the cut depends on the threads",
+        BLOCK,
+        "emplace_back(passes_, x, axis, most_parts)",
+        "emplace_back(passes_, x, axis, std::min(most_parts, host_.threads))",
+        BITS,
+    ),
+    ("threads share scratch", BLOCK, "scratch_ + host_.thread() * size", "scratch_", BITS),
+    ("parts share the gradient of M", BLOCK, "u_, folded.of(part)", "u_, folded.of(0)", BITS),
+    ("partial gradients start as they are", BLOCK, "sums->data, 0, parts", "sums->data, 0, 0 * parts", SCRATCH),
+    ("the softmax's derivative forgets its row sum", BLOCK, "(sums[j] - dot)", "sums[j]", EXACT),
+    ("u has no part in the gradient of phi", BLOCK, "static_cast<T>(bias[row] * u_grad[c])", "T(0)", EXACT),
+    ("beta is not in the gradient of the bias", BLOCK, "+= betas[s] * sum;", "+= sum;", EXACT),
+    ("one sample's map serves all", BLOCK, "attention + task.sample * square, value_,", "attention, value_,", EXACT),
+    ("the pitch's left over is not zeroed", KERNELS, "if (step > positions)", "if (false)", SCRATCH),
+    ("lanes beyond C are not zeroed", KERNELS, "column < channels ? from[at] : 0", "from[at % channels]", EXACT),
+    ("a row of positions is read again", KERNELS, "runs.length) column = 0, ++outer", "runs.length) column = 0", EXACT),
+    ("channels-last rows never end", KERNELS, "if (++column == range.inner)", "if (++column > range.inner)", EXACT),
+    ("a tile's copy is not made again", KERNELS, "if (begin + positions > end_)", "if (end_ < 0)", BITS),
+    ("rows of a block are left out", KERNELS, "row < rows; row += block", "row + 1 < rows; row += block", EXACT),
+    ("T3 is not transposed", KERNELS, "matrix, 1, range.slices, tile,", "matrix, range.slices, 1, tile,", EXACT),
+    ("float16's subnormal numbers are lost", STORAGE, "rest < 0x38800000", "rest < 0", ROUNDED),
+    ("bfloat16 is cut off, not rounded", STORAGE, "(bits + 0x7fff + (bits >> 16 & 1))", "bits", ROUNDED),
+    ("the logits' low half is dropped", BFLOAT16, "contract_tiles<true>(", "contract_tiles<false>(", "large_logits"),
+]
+
+
+if __name__ == "__main__":
+    sys.exit(prove(FAULTS, "tests/cpp", build=True, RSA_BUILD_EXT="1", FORCE_CPU="1"))
