@@ -18,6 +18,13 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path.parent} is not writable: choose another folder for {path.name}.")
 
 
+def check_new(path: Path, *, overwrite: bool = False) -> None:
+    """Refuses a file name that cannot be written, or one that is taken where nothing may be lost."""
+    check_writable(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists: give another name, or --overwrite to replace it.")
+
+
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, put in its place on success and removed otherwise."""

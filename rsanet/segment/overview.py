@@ -8,7 +8,7 @@ import numpy as np
 
 from rsanet.segment.data import Case, is_simulated, list_cases
 from rsanet.segment.metrics import PROTOCOLS, Protocol, find_masks
-from rsanet.segment.predict import Segmenter
+from rsanet.segment.prediction import Segmenter
 from rsanet.segment.report import View, draw_report
 
 SUBJECTS = 3  # rows of a picture that still reads at a glance

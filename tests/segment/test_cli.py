@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from rsanet import cli
-from rsanet.segment import predict
+from rsanet.segment import prediction
+from rsanet.segment.words import counted
 
 HEAVY = ("torch", "monai", "lightning", "nibabel", "scipy", "numpy", "matplotlib")
 COMMANDS = ("simulate", "train", "predict", "evaluate", "report", "doctor")
@@ -255,7 +256,8 @@ def test_settings_are_refused_before_anything_is_read(rsanet, tmp_path):
 def test_several_values_may_follow_one_option(monkeypatch, rsanet, tmp_path):
     seen = {}
     monkeypatch.setattr(
-        "rsanet.segment.train.train", lambda data, out, recipe, contrasts: seen.update(recipe=recipe, names=contrasts)
+        "rsanet.segment.training.train",
+        lambda data, out, recipe, contrasts: seen.update(recipe=recipe, names=contrasts),
     )
     code, _, _ = rsanet(
         "train", "data", "--contrasts", "FLAIR", "T2w", "--channels", "8", "16", "-o", "run", "--patch", "8", "9", "10"
@@ -271,16 +273,15 @@ def test_an_unexpected_error_is_one_sentence_and_debug_shows_its_traceback(monke
         raise KeyError("weights")
 
     (tmp_path / "model.safetensors").write_text("")
-    monkeypatch.setattr(predict, "load_model", fail)
+    monkeypatch.setattr(prediction, "load_model", fail)
     args = ["predict", tmp_path, "-i", "a.nii.gz", "-o", tmp_path / "m.nii.gz"]
     code, _, err = rsanet(*args)
     assert code == 1
     assert is_one_sentence(err)
     assert "KeyError" in err
-    assert "RSANET_DEBUG=1" in err
-    monkeypatch.setenv("RSANET_DEBUG", "1")
+    assert "--debug shows the traceback" in err
     with pytest.raises(KeyError, match="weights"):
-        cli.main([str(arg) for arg in args])
+        cli.main([*(str(arg) for arg in args), "--debug"])
 
 
 def test_the_command_line_imports_nothing_heavy():
@@ -326,7 +327,7 @@ def test_doctor_shows_versions_hardware_and_backends(rsanet):
 def test_a_stopped_training_says_so_and_what_it_leaves(
     cohort, tiny, tmp_path, monkeypatch, rsanet, signum, status, word, saved
 ):
-    from rsanet.segment.train import RunRecord
+    from rsanet.segment.training import RunRecord
 
     noted = RunRecord.on_train_batch_end
 
@@ -377,7 +378,7 @@ def test_a_signal_in_a_destructor_is_not_lost(monkeypatch, rsanet, signum):
 
 
 def test_an_exit_of_lightning_after_sigterm_is_one_of_ours(monkeypatch, rsanet, tmp_path):
-    monkeypatch.setattr("rsanet.segment.train.train", lambda *args: sys.exit())
+    monkeypatch.setattr("rsanet.segment.training.train", lambda *args: sys.exit())
     code, _, err = rsanet("train", "data", "-o", tmp_path / "run")
     assert code == 143
     assert "has no weights yet" in err
@@ -433,7 +434,7 @@ def test_two_tables_do_not_share_a_file(cohort, tmp_path, rsanet):
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 lesions"), (1, "1 lesion"), (2, "2 lesions")])
 def test_numbers_agree_with_their_nouns(number, words):
-    assert cli.counted(number, "lesion") == words
+    assert counted(number, "lesion") == words
 
 
 def test_a_full_disk_is_told_with_the_file(trained, cohort, phantoms, tmp_path, rsanet, monkeypatch):

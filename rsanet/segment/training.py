@@ -34,7 +34,7 @@ from rsanet.segment.environment import (
 )
 from rsanet.segment.files import write_csv, write_text
 from rsanet.segment.metrics import dice
-from rsanet.segment.predict import MODEL_NAME, lesion_probability
+from rsanet.segment.prediction import MODEL_NAME, lesion_probability
 from rsanet.segment.recipe import Recipe
 
 WARM_UP = 0.05

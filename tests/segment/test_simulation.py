@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from rsanet.segment import simulate
-from rsanet.segment.simulate import CONTRASTS, Settings, simulate_cohort, simulate_patient, subject_seed
+from rsanet.segment import simulation
+from rsanet.segment.simulation import CONTRASTS, Settings, simulate_cohort, simulate_patient, subject_seed
 
 SPACING = 3.0
 SEED = 11
@@ -111,7 +111,7 @@ def test_the_sidecar_agrees_with_the_mask(cohort, name):
     assert content["LesionLoad_mm3"] == pytest.approx(mask.sum() * SPACING**3)
     for lesion in content["Lesions"]:
         voxels = np.argwhere(labels == lesion["id"])
-        assert lesion["voxels"] == len(voxels) >= simulate.SMALLEST_LESION
+        assert lesion["voxels"] == len(voxels) >= simulation.SMALLEST_LESION
         assert lesion["volume_mm3"] == pytest.approx(len(voxels) * SPACING**3)
         centre = nibabel.affines.apply_affine(image.affine, voxels.mean(0))
         np.testing.assert_allclose(lesion["centre_mm"], centre, atol=0.01)
@@ -131,7 +131,7 @@ def test_participants_lists_what_the_sidecars_say(cohort):
 
 def test_a_stopped_cohort_is_completed_and_subjects_on_disk_stay(tmp_path, monkeypatch):
     out = tmp_path / "cohort"
-    write, calls = simulate._write_image, []
+    write, calls = simulation._write_image, []
 
     def stop(file, volume, affine):
         calls.append(file)
@@ -139,13 +139,13 @@ def test_a_stopped_cohort_is_completed_and_subjects_on_disk_stay(tmp_path, monke
             raise KeyboardInterrupt
         write(file, volume, affine)
 
-    monkeypatch.setattr(simulate, "_write_image", stop)
+    monkeypatch.setattr(simulation, "_write_image", stop)
     with pytest.raises(KeyboardInterrupt):
         simulate_cohort(out, 3, spacing=4, seed=1)
     assert [p.name for p in sorted(out.glob("sub-*"))] == ["sub-001"], "no half of the second subject"
     assert not list(out.glob(".sub-*"))
     first = (out / "sub-001" / "anat" / "sub-001_FLAIR.nii.gz").stat().st_mtime_ns
-    monkeypatch.setattr(simulate, "_write_image", write)
+    monkeypatch.setattr(simulation, "_write_image", write)
     seen = []
     subjects = simulate_cohort(
         out, 3, spacing=4, seed=1, progress=lambda done, total, name: seen.append((done, total, name))
@@ -202,7 +202,7 @@ def test_arguments_out_of_range_are_refused_before_anything_is_written(tmp_path,
 
 def test_without_nilearn_one_sentence_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "nilearn", None)
-    monkeypatch.setattr(simulate, "load_anatomy", simulate.load_anatomy.__wrapped__)  # past its cache
+    monkeypatch.setattr(simulation, "load_anatomy", simulation.load_anatomy.__wrapped__)  # past its cache
     with pytest.raises(RuntimeError, match=r'pip install "rsanet\[demo\]"'):
         simulate_cohort(tmp_path / "cohort", 1)
     assert not (tmp_path / "cohort").exists()
@@ -242,17 +242,17 @@ def test_lesions_are_bright_on_flair_and_t2_and_dark_on_t1(patient):
 
 
 def test_tissues_have_the_signal_of_each_contrast():
-    anatomy = simulate.load_anatomy()
+    anatomy = simulation.load_anatomy()
     settings = Settings(
         spacing=(2.0, 2.0, 2.0), noise=0.0, bias=0.0, texture=0.0, warp_mm=(0.0, 0.0), enlargement_mm=(0.0, 0.0)
     )
     patient = simulate_patient(3, settings, anatomy)
     healthy = ~ndimage.binary_dilation(patient.mask > 0, iterations=2)
-    shape, origin, _ = simulate._grid(settings.spacing)
-    points = simulate._grid_points(shape, origin, np.full(3, 2.0))
+    shape, origin, _ = simulation._grid(settings.spacing)
+    points = simulation._grid_points(shape, origin, np.full(3, 2.0))
     streams = np.random.SeedSequence(3).spawn(4)
-    warp = simulate._draw_warp(np.random.default_rng(streams[0]), anatomy, settings)
-    grey, white, csf = simulate._sample(anatomy.maps[1:4], anatomy.origin, 1.0, warp(points)).numpy()
+    warp = simulation._draw_warp(np.random.default_rng(streams[0]), anatomy, settings)
+    grey, white, csf = simulation._sample(anatomy.maps[1:4], anatomy.origin, 1.0, warp(points)).numpy()
     mean = {
         name: {
             tissue: image[healthy & (share > 0.95) & (image > 0)].mean()
@@ -275,7 +275,7 @@ def test_lesions_lie_inside_the_brain_and_off_the_csf(patient):
 
 
 def test_periventricular_lesions_lie_at_the_ventricles_and_juxtacortical_at_the_cortex():
-    anatomy = simulate.load_anatomy()
+    anatomy = simulation.load_anatomy()
     ventricles, cortex = anatomy.maps[5].numpy(), anatomy.cortex_distance
     near = {name: ventricles.ravel()[places] for name, places in anatomy.candidates.items()}
     assert near["periventricular"].max() < 4
@@ -292,10 +292,10 @@ def test_periventricular_lesions_lie_at_the_ventricles_and_juxtacortical_at_the_
 
 
 def test_long_axes_of_periventricular_lesions_point_away_from_the_ventricle():
-    anatomy = simulate.load_anatomy()
+    anatomy = simulation.load_anatomy()
     settings = Settings(warp_mm=(0.0, 0.0), enlargement_mm=(0.0, 0.0), lesions_median=80.0)
-    warp = simulate._draw_warp(np.random.default_rng(0), anatomy, settings)
-    lesions = simulate._draw_lesions(np.random.default_rng(1), anatomy, warp, settings)
+    warp = simulation._draw_warp(np.random.default_rng(0), anatomy, settings)
+    lesions = simulation._draw_lesions(np.random.default_rng(1), anatomy, warp, settings)
     angles = []
     for lesion in lesions:
         if lesion.kind != "periventricular":
@@ -303,7 +303,7 @@ def test_long_axes_of_periventricular_lesions_point_away_from_the_ventricle():
         assert lesion.semi_axes[0] == lesion.semi_axes.max()
         ends = [lesion.centre + side * lesion.semi_axes[0] * lesion.axes[0] for side in (-1, 1)]
         near, far = (
-            simulate._sample(anatomy.maps[5:6], anatomy.origin, 1.0, warp(simulate.torch.tensor(end).float()))
+            simulation._sample(anatomy.maps[5:6], anatomy.origin, 1.0, warp(simulation.torch.tensor(end).float()))
             for end in ends
         )
         angles.append(float((far - near) / (2 * lesion.semi_axes[0])))
@@ -312,7 +312,7 @@ def test_long_axes_of_periventricular_lesions_point_away_from_the_ventricle():
 
 
 def test_patients_are_not_symmetric_though_the_template_is(patient):
-    template = simulate.load_anatomy().maps[0].numpy()
+    template = simulation.load_anatomy().maps[0].numpy()
     np.testing.assert_allclose(template, template[::-1], atol=1e-6)
     t1 = patient.images["T1w"].astype(float)
     assert np.corrcoef(t1.ravel(), t1[::-1].ravel())[0, 1] < 0.97

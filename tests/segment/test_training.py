@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rsanet.checkpoints import load_model
-from rsanet.segment import environment, train
+from rsanet.segment import environment, training
 from rsanet.segment.data import Case
 from rsanet.segment.recipe import Recipe, triple
 
@@ -46,7 +46,7 @@ def test_the_model_file_knows_its_contrasts_and_window(trained):
 
 def test_the_same_seed_gives_the_same_weights(cohort, tmp_path):
     for name, seed in (("one", 3), ("again", 3), ("other", 4)):
-        train.train(cohort, tmp_path / name, Recipe(steps=4, seed=seed, **SMALL))
+        training.train(cohort, tmp_path / name, Recipe(steps=4, seed=seed, **SMALL))
     one, again, other = (weights(tmp_path / name) for name in ("one", "again", "other"))
     assert all(torch.equal(one[key], again[key]) for key in one)
     assert not all(torch.equal(one[key], other[key]) for key in one)
@@ -54,22 +54,22 @@ def test_the_same_seed_gives_the_same_weights(cohort, tmp_path):
 
 
 def test_the_last_steps_are_validated_too(cohort, tmp_path):
-    train.train(cohort, tmp_path, Recipe(steps=5, validate_every=2, **SMALL))
+    training.train(cohort, tmp_path, Recipe(steps=5, validate_every=2, **SMALL))
     assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "5"]
     assert all(row["dice"] for row in rows(tmp_path))
 
 
 def test_only_the_best_weights_are_kept(cohort, tmp_path, monkeypatch):
     scores, saved = iter([0.5, 0.9, 0.1]), []
-    save_model = train.save_model
+    save_model = training.save_model
 
     def note(network, path, extra):
         saved.append({key: value.clone() for key, value in network.state_dict().items()})
         save_model(network, path, extra)
 
-    monkeypatch.setattr(train, "dice", lambda prediction, mask: next(scores))
-    monkeypatch.setattr(train, "save_model", note)
-    train.train(cohort, tmp_path, Recipe(steps=3, validate_every=1, **SMALL))
+    monkeypatch.setattr(training, "dice", lambda prediction, mask: next(scores))
+    monkeypatch.setattr(training, "save_model", note)
+    training.train(cohort, tmp_path, Recipe(steps=3, validate_every=1, **SMALL))
     assert [row["dice"] for row in rows(tmp_path)] == ["0.5", "0.9", "0.1"]
     assert len(saved) == 2
     kept = weights(tmp_path)
@@ -77,7 +77,7 @@ def test_only_the_best_weights_are_kept(cohort, tmp_path, monkeypatch):
 
 
 def test_without_held_out_cases_the_last_weights_are_kept(cohort, tmp_path, capsys):
-    train.train(cohort, tmp_path, Recipe(steps=2, validate_every=1, **{**SMALL, "val_fraction": 0}))
+    training.train(cohort, tmp_path, Recipe(steps=2, validate_every=1, **{**SMALL, "val_fraction": 0}))
     assert [row["dice"] for row in rows(tmp_path)] == ["", ""]
     assert "Training on 4 cases (FLAIR, T1w, T2w), 0 held out" in capsys.readouterr().out
     assert weights(tmp_path)
@@ -86,37 +86,37 @@ def test_without_held_out_cases_the_last_weights_are_kept(cohort, tmp_path, caps
 def test_a_finished_run_is_not_overwritten(trained, cohort):
     before = (trained / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"already holds model\.safetensors"):
-        train.train(cohort, trained, Recipe(steps=1, **SMALL))
+        training.train(cohort, trained, Recipe(steps=1, **SMALL))
     assert (trained / "model.safetensors").read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_cases(cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.RSANet, "forward", lambda self, x: x[:, :2] * self.final[1].weight.sum() * math.nan)
+    monkeypatch.setattr(training.RSANet, "forward", lambda self, x: x[:, :2] * self.final[1].weight.sum() * math.nan)
     with pytest.raises(ValueError, match=r"loss is nan at step 1 on sub-00\d, sub-00\d"):
-        train.train(cohort, tmp_path, Recipe(steps=2, **SMALL))
+        training.train(cohort, tmp_path, Recipe(steps=2, **SMALL))
     assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        train.LesionSegmentation, "on_validation_end", lambda self: self.network.final[1].weight.data.fill_(math.nan)
+        training.LesionSegmentation, "on_validation_end", lambda self: self.network.final[1].weight.data.fill_(math.nan)
     )
-    monkeypatch.setattr(train, "dice", lambda prediction, mask: 1.0)
+    monkeypatch.setattr(training, "dice", lambda prediction, mask: 1.0)
     with pytest.raises(ValueError, match="weights are not finite at step 1"):
-        train.train(cohort, tmp_path, Recipe(steps=2, validate_every=1, **SMALL))
+        training.train(cohort, tmp_path, Recipe(steps=2, validate_every=1, **SMALL))
     assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("attention", ["non_local", "none"])
 def test_other_attentions_train(cohort, tmp_path, attention):
-    train.train(cohort, tmp_path, Recipe(steps=1, attention=attention, **SMALL))
+    training.train(cohort, tmp_path, Recipe(steps=1, attention=attention, **SMALL))
     keys = weights(tmp_path).keys()
     assert any("non_local" in key for key in keys) == (attention == "non_local")
     assert not any("rsa" in key for key in keys)
 
 
 def test_contrasts_and_attention_scale_reach_the_network(cohort, tmp_path):
-    train.train(cohort, tmp_path, Recipe(steps=1, attention_scale=0.1, **SMALL), ["T2w", "FLAIR"])
+    training.train(cohort, tmp_path, Recipe(steps=1, attention_scale=0.1, **SMALL), ["T2w", "FLAIR"])
     network = load_model(tmp_path / "model.safetensors")
     assert network.config["in_channels"] == 2
     assert network.config["scale"] == 0.1
@@ -124,14 +124,14 @@ def test_contrasts_and_attention_scale_reach_the_network(cohort, tmp_path):
 
 
 def test_bf16_trains_when_asked_for(cohort, tmp_path, capsys):
-    train.train(cohort, tmp_path, Recipe(steps=2, precision="bf16", **SMALL))
+    training.train(cohort, tmp_path, Recipe(steps=2, precision="bf16", **SMALL))
     assert "precision bf16 (as asked)" in capsys.readouterr().out
     assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path))
     assert all(value.dtype == torch.float32 for value in weights(tmp_path).values())
 
 
 def test_training_prints_its_own_lines_alone(cohort, tmp_path, capfd):
-    train.train(cohort, tmp_path / "run", Recipe(steps=2, validate_every=1, **SMALL))
+    training.train(cohort, tmp_path / "run", Recipe(steps=2, validate_every=1, **SMALL))
     out, err = capfd.readouterr()
     assert err == ""
     first, *steps = out.splitlines()
@@ -143,7 +143,7 @@ def test_training_prints_its_own_lines_alone(cohort, tmp_path, capfd):
 
 def test_patches_can_be_prepared_by_other_processes(cohort, tmp_path):
     for name in ("one", "again"):
-        train.train(cohort, tmp_path / name, Recipe(steps=3, workers=1, **SMALL))
+        training.train(cohort, tmp_path / name, Recipe(steps=3, workers=1, **SMALL))
     one, again = weights(tmp_path / "one"), weights(tmp_path / "again")
     assert all(torch.equal(one[key], again[key]) for key in one)
 
@@ -165,30 +165,30 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch):
 
 def test_the_split_divides_the_cases_and_follows_the_seed():
     cases = [Case(f"sub-{number}") for number in range(10)]
-    training, held_out = train.split_cases(cases, 0.2, seed=1)
+    kept, held_out = training.split_cases(cases, 0.2, seed=1)
     assert len(held_out) == 2
-    assert sorted(training + held_out, key=cases.index) == cases
-    assert train.split_cases(cases, 0.2, seed=1) == (training, held_out)
-    assert any(train.split_cases(cases, 0.2, seed=seed)[1] != held_out for seed in range(2, 6))
-    assert len(train.split_cases(cases[:3], 0.1, seed=0)[1]) == 1
+    assert sorted(kept + held_out, key=cases.index) == cases
+    assert training.split_cases(cases, 0.2, seed=1) == (kept, held_out)
+    assert any(training.split_cases(cases, 0.2, seed=seed)[1] != held_out for seed in range(2, 6))
+    assert len(training.split_cases(cases[:3], 0.1, seed=0)[1]) == 1
     with pytest.raises(ValueError, match="1 case cannot be split"):
-        train.split_cases(cases[:1], 0.2, seed=0)
+        training.split_cases(cases[:1], 0.2, seed=0)
 
 
 def test_the_learning_rate_warms_up_and_decays():
-    factors = [train.learning_rate_factor(step, 100) for step in range(101)]
+    factors = [training.learning_rate_factor(step, 100) for step in range(101)]
     assert factors[0] == pytest.approx(0.2)
     assert max(factors) == factors[5] == 1
     assert all(before > after for before, after in pairwise(factors[5:]))
     assert factors[100] == 0
-    assert train.learning_rate_factor(0, 1) == 1
+    assert training.learning_rate_factor(0, 1) == 1
 
 
 def test_dice_counts_empty_as_agreement():
     empty, full = torch.zeros(4, dtype=torch.bool), torch.tensor([True, True, False, False])
-    assert train.dice(empty, empty) == 1
-    assert train.dice(empty, full) == 0
-    assert train.dice(torch.tensor([True, False, True, False]), full) == 0.5
+    assert training.dice(empty, empty) == 1
+    assert training.dice(empty, full) == 0
+    assert training.dice(torch.tensor([True, False, True, False]), full) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_one_value_stands_for_three_axes():
 
 def test_a_network_that_cannot_be_made_leaves_no_folder(cohort, tmp_path):
     with pytest.raises(ValueError, match="65536 is the most"):
-        train.train(cohort, tmp_path / "run", Recipe(**{**SMALL, "channels": (8, 2**17)}))
+        training.train(cohort, tmp_path / "run", Recipe(**{**SMALL, "channels": (8, 2**17)}))
     assert not (tmp_path / "run").exists()
 
 
@@ -239,7 +239,7 @@ def test_the_backend_is_asked_for_the_window_of_the_level_with_attention(monkeyp
     seen = []
     backend = types.SimpleNamespace(backend="torch")
     monkeypatch.setattr(environment, "explain", lambda x: seen.append(tuple(x.shape)) or backend)
-    network = train.RSANet(1, 2, (8, 8, 8))
+    network = training.RSANet(1, 2, (8, 8, 8))
     precision = environment.pick_precision("fp32", torch.device("cpu"))
     assert environment.attention_backend(network, (16, 32, 64), torch.device("cpu"), precision) == "torch"
     assert seen == [(1, 8, 4, 8, 16)]

@@ -12,7 +12,7 @@ from rsanet.checkpoints import save_model
 from rsanet.network import RSANet
 from rsanet.segment.data import Case
 from rsanet.segment.environment import pick_precision
-from rsanet.segment.predict import (
+from rsanet.segment.prediction import (
     Segmenter,
     lesion_probability,
     name_images,

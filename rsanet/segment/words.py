@@ -1,0 +1,13 @@
+"""Words of messages that several places use."""
+
+from collections.abc import Sequence
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: ``1 lesion``, ``2 lesions``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def sizes(shape: Sequence[int]) -> str:
+    """The sizes of a volume: ``182×218×182``."""
+    return "×".join(map(str, shape))
