@@ -22,7 +22,7 @@ def evaluate(
 ) -> None:
     """Compare masks with a reference, voxel by voxel and lesion by lesion."""
     from rsanet.segment import files, metrics
-    from rsanet.segment.data import is_simulated
+    from rsanet.segment.datasets import is_simulated
 
     if csv and json and csv.resolve() == json.resolve():
         raise typer.BadParameter(f"{csv} is the file of --csv, too.", param_hint="--json")

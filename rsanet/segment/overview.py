@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsanet.segment.data import Case, is_simulated, list_cases
+from rsanet.segment.datasets import Case, is_simulated, list_cases
 from rsanet.segment.metrics import PROTOCOLS, Protocol, find_masks
 from rsanet.segment.prediction import Segmenter
 from rsanet.segment.report import View, draw_report

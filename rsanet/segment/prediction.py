@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from rsanet.attention import RSABlock
 from rsanet.checkpoints import load_model
 from rsanet.network import RSANet
-from rsanet.segment.data import Case, list_cases, preprocessing
+from rsanet.segment.data import preprocessing
+from rsanet.segment.datasets import Case, list_cases
 from rsanet.segment.environment import (
     MEMORY_FORMAT,
     Precision,

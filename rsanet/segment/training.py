@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from rsanet.checkpoints import save_model
 from rsanet.network import RSANet
-from rsanet.segment.data import Case, find_cases, training_transforms, validation_transforms
+from rsanet.segment.data import training_transforms, validation_transforms
+from rsanet.segment.datasets import Case, find_cases
 from rsanet.segment.environment import (
     MEMORY_FORMAT,
     Precision,

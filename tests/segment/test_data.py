@@ -6,17 +6,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from rsanet.segment.data import (
-    Case,
-    LoadCase,
-    NormalizeForeground,
-    find_cases,
-    foreground,
-    is_simulated,
-    list_cases,
-    preprocessing,
-    training_transforms,
-)
+from rsanet.segment.data import LoadCase, NormalizeForeground, foreground, preprocessing, training_transforms
+from rsanet.segment.datasets import Case, find_cases, is_simulated, list_cases
 from rsanet.segment.volumes import read_mask, read_volume
 
 

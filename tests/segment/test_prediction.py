@@ -10,7 +10,7 @@ from torch import nn
 from rsa_kernels import use_backend
 from rsanet.checkpoints import save_model
 from rsanet.network import RSANet
-from rsanet.segment.data import Case
+from rsanet.segment.datasets import Case
 from rsanet.segment.environment import pick_precision
 from rsanet.segment.prediction import (
     Segmenter,

@@ -9,7 +9,7 @@ import torch
 
 from rsanet.checkpoints import load_model
 from rsanet.segment import environment, training
-from rsanet.segment.data import Case
+from rsanet.segment.datasets import Case
 from rsanet.segment.recipe import Recipe, triple
 
 SMALL = {"channels": (8, 16), "patch": (16, 16, 16), "val_fraction": 0.25, "lr": 1e-2}
