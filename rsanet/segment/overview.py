@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from rsanet.segment.datasets import Case, is_simulated, list_cases
-from rsanet.segment.metrics import PROTOCOLS, Protocol, find_masks
+from rsanet.segment.evaluation import find_masks
+from rsanet.segment.metrics import PROTOCOLS, Protocol
 from rsanet.segment.prediction import Segmenter
 from rsanet.segment.report import View, draw_report
 

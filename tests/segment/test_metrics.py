@@ -1,15 +1,11 @@
-"""Metrics against masks small enough to count by hand."""
+"""The numbers of one case, against masks small enough to count by hand."""
 
-import csv
-import json
 import math
 
-import nibabel
 import numpy as np
 import pytest
 
-from rsanet.segment import metrics
-from rsanet.segment.metrics import PROTOCOLS, Protocol, choose_protocol, evaluate_case, evaluate_paths
+from rsanet.segment.metrics import PROTOCOLS, Protocol, choose_protocol, evaluate_case
 
 ONE_MM = (1.0, 1.0, 1.0)
 
@@ -19,14 +15,6 @@ def volume(*boxes, shape=(12, 12, 12)):
     for box in boxes:
         mask[tuple(slice(a, b) for a, b in box)] = 1
     return mask
-
-
-def save(path, mask, spacing=ONE_MM, shift=0.0):
-    affine = np.diag([*spacing, 1.0])
-    affine[0, 3] = shift
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(mask, affine), path)
-    return path
 
 
 CUBE = ((1, 3), (1, 3), (1, 3))  # 8 voxels
@@ -39,13 +27,81 @@ def test_voxel_wise_numbers_of_two_half_overlapping_cubes():
     assert case.dice == pytest.approx(2 * 4 / (16 + 8))
     assert case.ppv == pytest.approx(4 / 16)
     assert case.tpr == pytest.approx(4 / 8)
-    assert case.volume_difference == pytest.approx(1.0)
     assert (case.reference_mm3, case.predicted_mm3) == (8, 16)
 
 
 def test_volumes_are_in_mm3_on_anisotropic_voxels():
     case = evaluate_case(volume(SHIFTED), volume(CUBE), (0.5, 1.0, 3.0))
     assert case.reference_mm3 == pytest.approx(8 * 1.5)
+
+
+def test_volume_differences_are_relative_to_the_reference_signed_and_absolute():
+    under = evaluate_case(volume(CUBE), volume(CUBE, FAR), (1.0, 1.0, 2.0))
+    assert (under.volume_error_mm3, under.relative_volume_error, under.volume_difference) == (-16, -0.5, 0.5)
+    over = evaluate_case(volume(CUBE, FAR), volume(CUBE), ONE_MM)
+    assert (over.volume_error_mm3, over.relative_volume_error, over.volume_difference) == (8, 1, 1)
+
+
+def test_surface_distances_of_a_shifted_plate_are_its_shift_in_mm():
+    plate, shifted = ((1, 9), (1, 9), (3, 4)), ((1, 9), (1, 9), (5, 6))
+    case = evaluate_case(volume(shifted), volume(plate), (1.0, 1.0, 3.0))
+    assert (case.hd95_mm, case.assd_mm) == (6, 6)
+    same = evaluate_case(volume(plate), volume(plate), (1.0, 1.0, 3.0))
+    assert (same.hd95_mm, same.assd_mm) == (0, 0)
+
+
+def test_the_inside_of_a_lesion_is_no_surface():
+    solid = ((1, 8), (1, 8), (1, 8))
+    hollow = volume(solid)
+    hollow[4, 4, 4] = 0  # its six neighbours become surface, each two voxels from the surface outside
+    case = evaluate_case(hollow, volume(solid), ONE_MM)
+    outer = 7**3 - 5**3
+    assert case.assd_mm == pytest.approx(6 * 2 / (2 * outer + 6))
+    assert case.hd95_mm == 0, "six of 224 are less than a twentieth"
+
+
+def surface_points(mask, spacing):
+    """The surface by its definition, voxel by voxel."""
+    padded = np.pad(mask, 1)
+    points = []
+    for index in np.argwhere(padded):
+        steps = [index + sign * np.eye(3, dtype=int)[axis] for axis in range(3) for sign in (-1, 1)]
+        if not all(padded[tuple(step)] for step in steps):
+            points.append(index * spacing)
+    return np.array(points)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_surface_distances_are_those_of_every_pair_of_surface_voxels(seed):
+    rng = np.random.default_rng(seed)
+    spacing = rng.uniform(0.5, 3, 3)
+    pred, ref = rng.random((2, 7, 8, 9)) > np.array([0.4, 0.8]).reshape(2, 1, 1, 1)
+    ones, others = surface_points(pred, spacing), surface_points(ref, spacing)
+    apart = np.linalg.norm(ones[:, None] - others[None], axis=-1)
+    there, back = apart.min(1), apart.min(0)
+    case = evaluate_case(pred, ref, spacing)
+    assert case.hd95_mm == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)))
+    assert case.assd_mm == pytest.approx((there.sum() + back.sum()) / (there.size + back.size))
+
+
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
+def test_surface_distances_are_those_of_monai():
+    torch, monai = pytest.importorskip("torch"), pytest.importorskip("monai.metrics")
+    rng = np.random.default_rng(0)
+    pred, ref = volume(), volume()
+    pred[2:9, 3:7, 1:8], ref[1:7, 4:9, 2:9] = rng.random((7, 4, 7)) > 0.3, rng.random((6, 5, 7)) > 0.3
+    spacing = (0.9, 1.2, 3.0)
+    one, two = (torch.from_numpy(mask)[None, None] for mask in (pred, ref))
+    hd95 = monai.compute_hausdorff_distance(one, two, include_background=True, percentile=95, spacing=spacing)
+    assd = monai.compute_average_surface_distance(one, two, include_background=True, symmetric=True, spacing=spacing)
+    case = evaluate_case(pred, ref, spacing)
+    assert (case.hd95_mm, case.assd_mm) == pytest.approx((hd95.item(), assd.item()))
+
+
+def test_numbers_do_not_depend_on_the_empty_space_around_lesions():
+    small = evaluate_case(volume(SHIFTED, FAR), volume(CUBE, FAR), (1.0, 2.0, 3.0))
+    wide = [np.pad(volume(*boxes), ((9, 0), (4, 7), (0, 3))) for boxes in ((SHIFTED, FAR), (CUBE, FAR))]
+    assert evaluate_case(*wide, (1.0, 2.0, 3.0)) == small
 
 
 def test_lesion_wise_numbers_of_a_hit_a_miss_and_a_false_lesion():
@@ -94,14 +150,88 @@ def test_every_protocol_gives_a_perfect_mask_a_perfect_score_and_says_its_rules(
     line = protocol.describe()
     assert name in line
     assert f"{protocol.connectivity}-connected" in line
-    assert ("IoU" if protocol.overlap else "any overlap") in line
-    assert "minimum" in line
+    rule = "more than 10 % is covered" if name == "msseg2016" else "IoU" if protocol.overlap else "any overlap"
+    assert rule in line
+    assert ("minimum" in line) or f"{protocol.minimum_mm3:g} mm³" in line
 
 
 def test_protocols_are_those_of_the_challenges():
     assert (PROTOCOLS["shifts"].connectivity, PROTOCOLS["shifts"].overlap) == (6, 0.25)
     assert (PROTOCOLS["wmh2017"].connectivity, PROTOCOLS["wmh2017"].overlap) == (26, 0)
-    assert PROTOCOLS["isbi2015"].overlap == 0
+    assert (PROTOCOLS["isbi2015"].connectivity, PROTOCOLS["isbi2015"].overlap) == (18, 0)
+    msseg = PROTOCOLS["msseg2016"]
+    assert (msseg.rule, msseg.connectivity, msseg.overlap, msseg.minimum_mm3) == ("msseg", 6, 0.1, 3)
+
+
+def bar(start, stop, row=0):
+    """A lesion one voxel thick along the first axis, in a row of its own."""
+    return ((start, stop), (3 * row, 3 * row + 1), (0, 1))
+
+
+def msseg(pred, ref, spacing=ONE_MM):
+    shape = (60, 12, 1)
+    return evaluate_case(volume(*pred, shape=shape), volume(*ref, shape=shape), spacing, PROTOCOLS["msseg2016"])
+
+
+def test_msseg_finds_a_lesion_of_which_more_than_a_tenth_is_covered():
+    ref = [bar(10, 50)]
+    assert msseg([bar(6, 14)], ref).detected_lesions == 0, "4 of 40 are a tenth"
+    above = msseg([bar(7, 15)], ref)
+    assert (above.detected_lesions, above.false_lesions) == (1, 1), "of the prediction's own partner 35 lie outside it"
+
+
+def test_msseg_does_not_count_lesions_by_predictions_that_lie_mostly_outside():
+    ref = [bar(20, 24)]
+    most = msseg([((20, 24), (0, 4), (0, 1))], ref)  # 16 voxels, 12 of them outside
+    assert most.detected_lesions == 0
+    at = msseg([bar(21, 31)], ref)  # 3 of 10 inside
+    assert at.detected_lesions == 1, "70 % outside are allowed"
+    above = msseg([bar(21, 32)], ref)
+    assert above.detected_lesions == 0
+
+
+def test_msseg_measures_what_lies_outside_every_reference_lesion():
+    ref = [bar(0, 4), bar(5, 25)]
+    assert msseg([bar(1, 25)], ref).detected_lesions == 2, "most of it is in the other lesion"
+
+
+def test_msseg_forgives_partners_after_those_with_65_percent_of_the_cover():
+    ref = [bar(0, 20)]
+    outside = ((18, 20), (0, 12), (0, 1))  # 24 voxels, 22 of them outside, 2 inside
+    assert msseg([bar(0, 8), outside], ref).detected_lesions == 1, "8 of the 10 covered are enough"
+    wide = ((12, 20), (0, 12), (0, 1))
+    assert msseg([bar(0, 8), wide], ref).detected_lesions == 0, "8 of 16 are not"
+    alone = msseg([outside], ref)
+    assert alone.detected_lesions == 0
+
+
+def test_msseg_judges_predicted_lesions_by_the_same_rule_with_the_masks_swapped():
+    case = msseg([bar(0, 30)], [bar(29, 40), bar(0, 2, row=2)])
+    assert (case.reference_lesions, case.detected_lesions) == (1, 0), "the second has 2 mm³"
+    assert (case.predicted_lesions, case.false_lesions) == (1, 1)
+    swapped = msseg([bar(29, 40)], [bar(0, 30)])
+    assert (swapped.detected_lesions, swapped.false_lesions) == (0, 1)
+
+
+def test_msseg_leaves_out_lesions_of_3_mm3_and_less():
+    case = msseg([bar(0, 3), bar(10, 14)], [bar(0, 3), bar(10, 14)])
+    assert (case.reference_lesions, case.predicted_lesions) == (1, 1)
+    finer = msseg([bar(0, 3)], [bar(0, 3)], (1.0, 1.0, 1.01))
+    assert finer.reference_lesions == 1
+
+
+def test_lesions_are_classed_by_their_own_volume():
+    one, other = ((0, 1), (0, 3), (0, 3)), ((3, 8), (0, 2), (0, 1))  # 9 mm³ and 10 mm³
+    big = ((0, 12), (4, 8), (4, 8))  # 192 mm³
+    pred = volume(one, other, ((0, 12), (4, 7), (4, 5)))  # the last of 36 mm³ finds the big one
+    pred[11, 11, 11] = 1
+    classes = evaluate_case(pred, volume(one, other, big), ONE_MM).size_classes
+    assert [entry.name for entry in classes] == ["<10", "10-50", "50-100", ">=100"]
+    assert [(entry.reference_lesions, entry.detected_lesions) for entry in classes] == [(1, 1), (1, 1), (0, 0), (1, 1)]
+    assert [(entry.predicted_lesions, entry.false_lesions) for entry in classes] == [(2, 1), (2, 0), (0, 0), (0, 0)]
+    assert (classes[0].ltpr, classes[0].lfpr, classes[0].lesion_f1) == (1, 0.5, pytest.approx(2 / 3))
+    assert math.isnan(classes[2].ltpr)
+    assert math.isnan(classes[2].lesion_f1)
 
 
 def test_a_changed_preset_is_called_custom():
@@ -114,18 +244,34 @@ def test_a_changed_preset_is_called_custom():
         choose_protocol("custom", connectivity=8)
 
 
-def test_empty_masks_are_defined():
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_number_is_defined_for_empty_masks(name):
     empty, some = volume(), volume(CUBE)
-    both = evaluate_case(empty, empty, ONE_MM)
-    assert both.dice == 1
-    assert all(math.isnan(x) for x in (both.ppv, both.tpr, both.volume_difference, both.ltpr, both.lesion_f1))
-    missed = evaluate_case(empty, some, ONE_MM)
-    assert (missed.dice, missed.tpr, missed.ltpr, missed.lesion_f1, missed.volume_difference) == (0, 0, 0, 0, 1)
-    assert math.isnan(missed.ppv)
-    assert math.isnan(missed.lfpr)
-    invented = evaluate_case(some, empty, ONE_MM)
-    assert (invented.dice, invented.ppv, invented.lfpr, invented.lesion_f1) == (0, 0, 1, 0)
-    assert math.isnan(invented.ltpr)
+    nothing = dict.fromkeys(("predicted_mm3", "reference_mm3", "predicted_lesions", "reference_lesions"), 0)
+    nothing |= {"detected_lesions": 0, "false_lesions": 0, "volume_error_mm3": 0}
+    ratios = ("ppv", "tpr", "hd95_mm", "assd_mm", "relative_volume_error", "volume_difference", "ltpr", "lfpr")
+    undefined = dict.fromkeys((*ratios, "lesion_f1"), math.nan)
+    expected = {
+        "both": ((empty, empty), nothing | undefined | {"dice": 1}),
+        "missed": (
+            (empty, some),
+            nothing
+            | undefined
+            | {"dice": 0, "tpr": 0, "ltpr": 0, "lesion_f1": 0, "reference_mm3": 8, "reference_lesions": 1}
+            | {"volume_error_mm3": -8, "relative_volume_error": -1, "volume_difference": 1},
+        ),
+        "invented": (
+            (some, empty),
+            nothing
+            | undefined
+            | {"dice": 0, "ppv": 0, "lfpr": 1, "lesion_f1": 0, "predicted_mm3": 8, "predicted_lesions": 1}
+            | {"false_lesions": 1, "volume_error_mm3": 8},
+        ),
+    }
+    for (pred, ref), numbers in expected.values():
+        case = vars(evaluate_case(pred, ref, ONE_MM, PROTOCOLS[name]))
+        assert {key: case[key] for key in numbers} == pytest.approx(numbers, nan_ok=True)
+        assert case.keys() - numbers.keys() == {"subject", "size_classes"}
 
 
 @pytest.mark.parametrize(
@@ -141,120 +287,3 @@ def test_empty_masks_are_defined():
 def test_what_cannot_be_compared_is_said_in_one_sentence(pred, message):
     with pytest.raises(ValueError, match=message):
         evaluate_case(pred, volume(CUBE), ONE_MM)
-
-
-@pytest.fixture
-def cohort(tmp_path):
-    """Three reference masks as in a simulated cohort, four predictions, one of each without a partner."""
-    boxes = {"sub-001": CUBE, "sub-002": FAR, "sub-003": CUBE}
-    for name, box in boxes.items():
-        masks = tmp_path / "cohort" / "derivatives" / "lesions" / name / "anat"
-        save(masks / f"{name}_label-lesion_mask.nii.gz", volume(box), (1, 1, 2))
-        save(tmp_path / "cohort" / name / "anat" / f"{name}_FLAIR.nii.gz", volume(box) * 100, (1, 1, 2))
-    predictions = tmp_path / "predictions"
-    save(predictions / "sub-001_label-lesion_mask.nii.gz", volume(SHIFTED), (1, 1, 2))
-    save(predictions / "sub-001_probseg.nii.gz", volume(SHIFTED).astype(np.float32) / 3, (1, 1, 2))
-    save(predictions / "sub-002_pred.nii", volume(FAR), (1, 1, 2))
-    save(predictions / "sub-004_label-lesion_mask.nii.gz", volume(FAR), (1, 1, 2))
-    return predictions, tmp_path / "cohort"
-
-
-def test_a_folder_is_matched_to_a_cohort_and_missing_partners_are_named(cohort):
-    evaluation = evaluate_paths(*cohort)
-    assert [case.subject for case in evaluation.cases] == ["sub-001", "sub-002"]
-    assert [case.dice for case in evaluation.cases] == [0.5, 1.0]
-    assert evaluation.cases[0].reference_mm3 == pytest.approx(16)
-    assert list(evaluation.failures) == ["sub-003", "sub-004"]
-    assert "no prediction" in evaluation.failures["sub-003"]
-    assert "no reference" in evaluation.failures["sub-004"]
-
-
-def test_a_bad_case_does_not_stop_the_others(cohort):
-    predictions, reference = cohort
-    save(predictions / "sub-003_mask.nii.gz", volume(CUBE), (1, 1, 3))
-    (predictions / "sub-001_label-lesion_mask.nii.gz").write_bytes(b"not an image")
-    evaluation = evaluate_paths(predictions, reference)
-    assert [case.subject for case in evaluation.cases] == ["sub-002"]
-    assert "cannot be read" in evaluation.failures["sub-001"]
-    assert "affine" in evaluation.failures["sub-003"]
-    assert "3.0" in evaluation.failures["sub-003"]
-    table = metrics.format_table(evaluation)
-    assert "3 of 4 cases could not be compared" in table
-    assert "sub-003" in table
-
-
-def test_two_files_and_a_flat_folder(tmp_path):
-    pred = save(tmp_path / "p" / "anna.nii.gz", volume(SHIFTED))
-    ref = save(tmp_path / "r" / "anna_label-lesion_mask.nii.gz", volume(CUBE))
-    assert evaluate_paths(pred, ref).cases[0].dice == 0.5
-    assert evaluate_paths(pred.parent, ref.parent).cases[0].subject == "anna"
-    with pytest.raises(ValueError, match="two files or two folders"):
-        evaluate_paths(pred, ref.parent)
-    with pytest.raises(ValueError, match="does not exist"):
-        evaluate_paths(tmp_path / "nowhere", ref)
-    save(tmp_path / "q" / "bert.nii.gz", volume(CUBE))
-    with pytest.raises(ValueError, match="bert"):
-        evaluate_paths(tmp_path / "q", ref.parent)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no masks"):
-        evaluate_paths(tmp_path / "empty", ref.parent)
-
-
-def test_several_masks_of_one_subject_are_a_failure(cohort):
-    predictions, reference = cohort
-    save(predictions / "other" / "sub-002_pred.nii.gz", volume(CUBE), (1, 1, 2))
-    assert "several masks" in evaluate_paths(predictions, reference).failures["sub-002"]
-
-
-def test_csv_and_json_hold_the_numbers_and_the_protocol(cohort, tmp_path):
-    predictions, reference = cohort
-    save(predictions / "sub-003_mask.nii.gz", volume(), (1, 1, 2))
-    evaluation = evaluate_paths(predictions, reference, PROTOCOLS["shifts"])
-    metrics.write_csv(evaluation, tmp_path / "out.csv")
-    metrics.write_json(evaluation, tmp_path / "out.json")
-    with (tmp_path / "out.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["subject"] for row in rows] == ["sub-001", "sub-002", "sub-003"]
-    assert float(rows[0]["dice"]) == 0.5
-    assert rows[0]["protocol"] == "shifts"
-    assert (rows[0]["connectivity"], rows[0]["overlap"]) == ("6", "0.25")
-    assert math.isnan(float(rows[2]["ppv"]))
-    content = json.loads((tmp_path / "out.json").read_text())
-    assert content["cases"][2]["ppv"] is None
-    assert content["means"]["dice"] == pytest.approx(0.5)
-    assert content["means"]["ppv"] == pytest.approx(0.75), "the mean leaves out the undefined case"
-    assert content["protocol"]["overlap"] == 0.25
-    assert list(content["failures"]) == ["sub-004"]
-
-
-def test_table_shows_protocol_cases_and_mean(cohort):
-    table = metrics.format_table(evaluate_paths(*cohort))
-    lines = table.splitlines()
-    assert "26-connected" in lines[0]
-    assert any(line.startswith("sub-001") and "0.500" in line for line in lines)
-    assert any(line.startswith("mean") and "0.750" in line for line in lines)
-
-
-def test_isbi_score_is_the_weighted_sum_of_its_parts():
-    protocol = PROTOCOLS["isbi2015"]
-    pairs = [(SHIFTED, CUBE), (FAR, FAR), (((1, 6), (1, 4), (1, 4)), ((1, 5), (1, 4), (1, 4)))]
-    cases = [evaluate_case(volume(p), volume(r), ONE_MM, protocol) for p, r in pairs]
-    means = metrics.Evaluation(protocol, cases, {}).means()
-    dice, ppv = (0.5 + 1 + 2 * 36 / 81) / 3, (0.5 + 1 + 36 / 45) / 3
-    correlation = np.corrcoef([8, 8, 36], [8, 8, 45])[0, 1]
-    assert means["isbi_score"] == pytest.approx(dice / 8 + ppv / 8 + 1 / 4 + 1 / 4 + correlation / 4)
-    assert math.isnan(metrics.Evaluation(protocol, cases[:2], {}).means()["isbi_score"])
-
-
-def test_mask_files_may_store_any_one_number_and_no_more(tmp_path):
-    paths = {}
-    for name, voxels in (
-        ("one", volume(CUBE)),
-        ("many", volume(CUBE) * 255),
-        ("labels", volume(CUBE) + volume(FAR) * 2),
-    ):
-        paths[name] = tmp_path / f"{name}.nii.gz"
-        nibabel.save(nibabel.Nifti1Image(voxels.astype(np.uint8), np.eye(4)), paths[name])
-    assert evaluate_paths(paths["many"], paths["one"]).cases[0].dice == 1
-    (reason,) = evaluate_paths(paths["labels"], paths["one"]).failures.values()
-    assert reason.startswith(f"{paths['labels']} is not a binary mask: besides 0 it has 1, 2; ")

@@ -1,0 +1,449 @@
+"""Predicted masks against references: which files belong together, and what all cases say together.
+
+The numbers of one case are those of ``rsanet.segment.metrics``.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel import orientations
+from tqdm import tqdm
+
+from rsanet.segment import files
+from rsanet.segment.metrics import CaseMetrics, Protocol, SizeClass, choose_protocol, evaluate_case
+from rsanet.segment.statistics import PairedTest, Summary, compare_paired, summarize
+from rsanet.segment.volumes import SUFFIXES, read_mask, stem
+from rsanet.segment.words import counted, sizes
+
+Array = np.ndarray
+PathLike = str | os.PathLike
+
+NUMBERS = tuple(entry.name for entry in fields(CaseMetrics) if entry.name not in ("subject", "size_classes"))
+NOT_MASKS = re.compile(r"(prob|FLAIR|T1w|T2w|PDw|T1|T2|flair)(seg)?\.nii(\.gz)?$")
+WIDTH = 118
+FEW = 10  # below this, resampled cases repeat each other so much that a percentile interval covers too little
+
+# The columns of the terminal's table; everything else is in the CSV and the JSON.
+TABLE = {
+    "dice": ("Dice", "{:.3f}"),
+    "ppv": ("PPV", "{:.3f}"),
+    "tpr": ("TPR", "{:.3f}"),
+    "volume_difference": ("VD", "{:.2f}"),
+    "hd95_mm": ("HD95", "{:.1f}"),
+    "assd_mm": ("ASSD", "{:.2f}"),
+    "reference_mm3": ("ref mm³", "{:.0f}"),
+    "predicted_mm3": ("pred mm³", "{:.0f}"),
+    "reference_lesions": ("lesions", "{:.4g}"),
+    "detected_lesions": ("found", "{:.4g}"),
+    "false_lesions": ("false", "{:.4g}"),
+    "ltpr": ("LTPR", "{:.3f}"),
+    "lfpr": ("LFPR", "{:.3f}"),
+    "lesion_f1": ("F1", "{:.3f}"),
+}
+LEGEND = (
+    "VD: |predicted - reference| / reference volume. HD95, ASSD: surface distances in mm. LTPR: found / lesions. "
+    "LFPR: false / predicted lesions. F1: of LTPR and 1 - LFPR. -: not defined there."
+)
+# What two methods are compared by.
+COMPARED = ("dice", "ppv", "tpr", "volume_difference", "hd95_mm", "assd_mm", "ltpr", "lfpr", "lesion_f1")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A cohort's numbers. As a string, the tables of the terminal.
+
+    Attributes:
+        protocol: how lesions were counted.
+        cases: the cases that could be compared with their reference.
+        failures: the others, and why in a sentence each.
+        comparison: the same cases of another method, if one was given.
+    """
+
+    protocol: Protocol
+    cases: list[CaseMetrics]
+    failures: dict[str, str]
+    comparison: "Comparison | None" = None
+
+    def summaries(self) -> dict[str, Summary]:
+        """Mean, deviation and interval of each number over the cases where it is defined."""
+        return {name: summarize([getattr(case, name) for case in self.cases]) for name in NUMBERS}
+
+    def means(self) -> dict[str, float]:
+        """The mean of each number over the cases where it is defined; for isbi2015, its score too."""
+        result = {name: summary.mean for name, summary in self.summaries().items()}
+        if self.protocol.name == "isbi2015":
+            correlation = volume_correlation(self.cases)
+            result["volume_correlation"] = correlation
+            result["isbi_score"] = (
+                result["dice"] / 8 + result["ppv"] / 8 + (1 - result["lfpr"]) / 4 + result["ltpr"] / 4 + correlation / 4
+            )
+        return result
+
+    def size_classes(self) -> list[SizeClass]:
+        """The lesion-wise numbers by lesion volume, the lesions of all cases together."""
+        counts = ("reference_lesions", "detected_lesions", "predicted_lesions", "false_lesions")
+        return [
+            replace(classes[0], **{name: sum(getattr(entry, name) for entry in classes) for name in counts})
+            for classes in zip(*(case.size_classes for case in self.cases), strict=True)
+        ]
+
+    def __str__(self) -> str:
+        return format_table(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Another method on the same references.
+
+    Attributes:
+        name: what it is called, its path for example.
+        other: its numbers.
+        tests: for each number of ``COMPARED``, the first method minus this one.
+    """
+
+    name: str
+    other: Evaluation
+    tests: dict[str, PairedTest]
+
+
+def volume_correlation(cases: Sequence[CaseMetrics]) -> float:
+    """Pearson correlation of predicted and reference lesion loads; NaN below 3 cases or without spread."""
+    loads = np.array([(case.reference_mm3, case.predicted_mm3) for case in cases])
+    if len(loads) < 3 or (loads.std(axis=0) == 0).any():
+        return math.nan
+    return float(np.corrcoef(loads.T)[0, 1])
+
+
+def evaluate(
+    pred: PathLike | Array,
+    ref: PathLike | Array,
+    *,
+    spacing: Sequence[float] | None = None,
+    protocol: str | Protocol = "custom",
+    compare: PathLike | Array | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Compare two masks, two mask files, or the masks of two folders subject by subject.
+
+    Files of a folder are matched by the ``sub-`` and ``ses-`` in their names, else by the name without its ending and
+    ``_label-lesion_mask``. A folder with ``derivatives/lesions`` is a cohort: its masks are there. A bad case does not
+    stop the others. A mask whose axes are flipped or swapped is turned to its reference; one on other voxels is not
+    resampled, but a failure.
+
+    Args:
+        pred: a NIfTI file or a folder; or an array (X, Y, Z) of 0 and 1.
+        ref: likewise.
+        spacing: voxel size in mm, for arrays; files carry their own.
+        protocol: how lesions are counted, a key of ``PROTOCOLS`` or a protocol.
+        compare: another prediction of the same references, of the kind of ``pred``.
+        progress: show a bar on a terminal where it takes longer than two seconds.
+
+    Returns:
+        The cases, and by subject the reason for each pair that could not be compared or has no partner.
+
+    Raises:
+        ValueError: a path does not exist, or one is a file and the other a folder, or nothing matches, or arrays
+            cannot be compared.
+    """
+    chosen = choose_protocol(protocol) if isinstance(protocol, str) else protocol
+    given = [pred, ref] if compare is None else [pred, ref, compare]
+    paths = [isinstance(masks, (str, os.PathLike)) for masks in given]
+    if all(paths):
+        if spacing is not None:
+            raise ValueError("spacing is for arrays: files carry their own voxel size, so leave it out.")
+        evaluation = _evaluate_paths(Path(pred), Path(ref), chosen, progress=progress)
+        if compare is not None:
+            name = _subject(Path(pred)) if Path(pred).is_file() else None
+            other = _evaluate_paths(Path(compare), Path(ref), chosen, name=name, progress=progress)
+            evaluation = replace(evaluation, comparison=_compare(evaluation, other, str(compare)))
+        return evaluation
+    if any(paths):
+        raise ValueError("Some masks are arrays and others are paths: give one kind.")
+    if spacing is None:
+        raise ValueError("The masks are arrays without a voxel size: give spacing=(1, 1, 1), for example, in mm.")
+    evaluation = Evaluation(chosen, [evaluate_case(pred, ref, spacing, chosen, subject="case")], {})
+    if compare is not None:
+        other = Evaluation(chosen, [evaluate_case(compare, ref, spacing, chosen, subject="case")], {})
+        evaluation = replace(evaluation, comparison=_compare(evaluation, other, "the other mask"))
+    return evaluation
+
+
+def _compare(evaluation: Evaluation, other: Evaluation, name: str) -> Comparison:
+    others = {case.subject: case for case in other.cases}
+    pairs = [(case, others[case.subject]) for case in evaluation.cases if case.subject in others]
+    tests = {
+        number: compare_paired([getattr(one, number) for one, _ in pairs], [getattr(two, number) for _, two in pairs])
+        for number in COMPARED
+    }
+    return Comparison(name, other, tests)
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def _evaluate_paths(
+    pred: Path, ref: Path, protocol: Protocol, *, name: str | None = None, progress: bool = False
+) -> Evaluation:
+    """Two files, then called ``name``, or two folders."""
+    for path in (pred, ref):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: give a mask or a folder of masks.")
+    if pred.is_dir() != ref.is_dir():
+        file, folder = (ref, pred) if pred.is_dir() else (pred, ref)
+        raise ValueError(f"{folder} is a folder and {file} is a file: give two files or two folders.")
+    failures: dict[str, str] = {}
+    pairs = _pair(pred, ref, failures) if pred.is_dir() else {name or _subject(pred): (pred, ref)}
+    cases = []
+    quiet = not (progress and sys.stderr.isatty())
+    for subject, (pred_file, ref_file) in tqdm(pairs.items(), "evaluate", unit="case", delay=2, disable=quiet):
+        try:
+            cases.append(_evaluate_files(pred_file, ref_file, protocol, subject))
+        except (ValueError, OSError) as error:
+            failures[subject] = str(error)
+    return Evaluation(protocol, cases, dict(sorted(failures.items())))
+
+
+def _pair(pred: Path, ref: Path, failures: dict[str, str]) -> dict[str, tuple[Path, Path]]:
+    """Masks of two folders by subject; subjects without a partner go to ``failures``."""
+    predictions, references = find_masks(pred), find_masks(ref)
+    for folder, found in ((pred, predictions), (ref, references)):
+        if not found:
+            raise ValueError(f"{folder} has no masks: expected .nii or .nii.gz files, such as sub-001*.nii.gz.")
+    if not predictions.keys() & references.keys():
+        raise ValueError(
+            f"No mask in {pred} has a partner in {ref}: the first names are {next(iter(predictions))} and "
+            f"{next(iter(references))}; name both after the subject, such as sub-001*.nii.gz."
+        )
+    pairs = {}
+    for subject in sorted(predictions.keys() | references.keys()):
+        here, there = predictions.get(subject, []), references.get(subject, [])
+        if not here:
+            failures[subject] = f"{subject} has a reference but no prediction in {pred}."
+        elif not there:
+            failures[subject] = f"{subject} has a prediction but no reference in {ref}."
+        elif len(here) > 1 or len(there) > 1:
+            folder, several = (pred, here) if len(here) > 1 else (ref, there)
+            names = ", ".join(str(file.relative_to(folder)) for file in several)
+            failures[subject] = f"{subject} has several masks in {folder} ({names}): leave one."
+        else:
+            pairs[subject] = (here[0], there[0])
+    return pairs
+
+
+def find_masks(folder: PathLike) -> dict[str, list[Path]]:
+    """The mask files of a folder by subject: of a cohort, those of ``derivatives/lesions``."""
+    folder = Path(folder)
+    root = folder / "derivatives" / "lesions"
+    found: dict[str, list[Path]] = {}
+    for file in sorted((root if root.is_dir() else folder).rglob("*.nii*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.name.endswith(SUFFIXES) and not hidden and not NOT_MASKS.search(file.name):
+            found.setdefault(_subject(file), []).append(file)
+    # Where some of a subject's files are named as lesion masks, the others are something else.
+    for subject, masks in found.items():
+        named = [mask for mask in masks if "label-lesion" in mask.name]
+        found[subject] = named or masks
+    return found
+
+
+def _subject(file: Path) -> str:
+    # macOS takes letters with accents apart, and other systems do not.
+    name = unicodedata.normalize("NFC", stem(file))
+    entities = re.match(r"(sub-[^\W_]+)(_ses-[^\W_]+)?", name)
+    return entities.group(0) if entities else re.sub(r"(_label-lesion)?(_mask)?$", "", name)
+
+
+def _evaluate_files(pred_file: Path, ref_file: Path, protocol: Protocol, subject: str) -> CaseMetrics:
+    (pred, pred_image), (ref, ref_image) = read_mask(pred_file), read_mask(ref_file)
+    pred, affine = _turn(pred, pred_image.affine, ref_image.affine)
+    if pred.shape != ref.shape:
+        raise ValueError(
+            f"{pred_file} has {sizes(pred.shape)} voxels and {ref_file} {sizes(ref.shape)}: "
+            "bring the prediction to the reference's grid."
+        )
+    if not np.allclose(affine, ref_image.affine, rtol=0, atol=1e-3):
+        raise ValueError(
+            f"{pred_file} has the affine {np.round(affine, 3).tolist()} and {ref_file} "
+            f"{np.round(ref_image.affine, 3).tolist()}: bring the prediction to the reference's grid."
+        )
+    return evaluate_case(pred, ref, nibabel.affines.voxel_sizes(ref_image.affine), protocol, subject=subject)
+
+
+def _turn(mask: Array, affine: Array, target: Array) -> tuple[Array, Array]:
+    """Flips and swaps the axes of a volume until they run as those of another; returns its new affine, too."""
+    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.io_orientation(target))
+    turned = orientations.apply_orientation(mask, turn)
+    return turned, affine @ orientations.inv_ornt_aff(turn, mask.shape)
+
+
+# --- results ----------------------------------------------------------------------------------------------
+
+
+def write_csv(evaluation: Evaluation, path: PathLike) -> None:
+    """Write one row per case, the protocol in each; an undefined number is ``nan``.
+
+    Raises:
+        ValueError: there is no case to write.
+    """
+    if not evaluation.cases:
+        raise ValueError(f"No case could be compared, so there is nothing to write to {path}.")
+    protocol = asdict(evaluation.protocol)
+    rules = {"protocol": protocol.pop("name"), **protocol}
+    del rules["note"]
+    rows = []
+    for case in evaluation.cases:
+        row = asdict(case)
+        for entry in row.pop("size_classes"):
+            low, high = entry.pop("low_mm3"), entry.pop("high_mm3")
+            row |= {f"{name}_{low:g}_{high:g}_mm3": count for name, count in entry.items()}
+        rows.append(row | rules)
+    files.write_csv(Path(path), rows)
+
+
+def write_json(evaluation: Evaluation, path: PathLike) -> None:
+    """Write protocol, cases, summaries and failures; an undefined number is ``null``, since JSON has no NaN."""
+    content = {"protocol": asdict(evaluation.protocol), **_content(evaluation)}
+    if evaluation.comparison:
+        comparison = evaluation.comparison
+        tests = {name: asdict(test) for name, test in comparison.tests.items()}
+        content["comparison"] = {"other": comparison.name, "tests": tests, **_content(comparison.other)}
+    files.write_text(Path(path), json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def _content(evaluation: Evaluation) -> dict[str, Any]:
+    summaries = evaluation.summaries()
+    return {
+        "means": evaluation.means(),
+        "deviations": {name: summary.deviation for name, summary in summaries.items()},
+        "intervals": {name: [summary.low, summary.high] for name, summary in summaries.items()},
+        "counts": {name: summary.n for name, summary in summaries.items()},
+        "size_classes": [_size_class(entry) for entry in evaluation.size_classes()],
+        "cases": [
+            asdict(case) | {"size_classes": [_size_class(entry) for entry in case.size_classes]}
+            for case in evaluation.cases
+        ],
+        "failures": evaluation.failures,
+    }
+
+
+def _size_class(entry: SizeClass) -> dict[str, Any]:
+    return asdict(entry) | {"ltpr": entry.ltpr, "lfpr": entry.lfpr, "lesion_f1": entry.lesion_f1}
+
+
+def _plain(value: Any) -> Any:
+    """The same without the numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def format_table(evaluation: Evaluation) -> str:
+    """The tables for the terminal: protocol, cases and their means, lesion sizes, comparison, then the failures."""
+    blocks = [textwrap.wrap(evaluation.protocol.describe(), WIDTH)]
+    if evaluation.cases:
+        blocks += [_case_lines(evaluation), _size_lines(evaluation)]
+    if evaluation.comparison:
+        blocks += [_comparison_lines(evaluation.comparison), _failure_lines(evaluation.comparison.other)]
+    blocks.append(_failure_lines(evaluation))
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _case_lines(evaluation: Evaluation) -> list[str]:
+    rows = [[case.subject, *_cells(asdict(case))] for case in evaluation.cases]
+    feet: list[list[str]] = []
+    if len(rows) > 1:
+        summaries = evaluation.summaries()
+        for title, part in (("mean", "mean"), ("SD", "deviation"), ("95 % from", "low"), ("95 % to", "high")):
+            feet.append([title, *_cells({name: getattr(summaries[name], part) for name in TABLE})])
+        feet.append(["n", *(str(summaries[name].n) for name in TABLE)])
+    lines = _align(["case", *(title for title, _ in TABLE.values())], rows, feet)
+    means = evaluation.means()
+    if "isbi_score" in means:
+        lines.append(
+            f"volume correlation {_number('{:.3f}', means['volume_correlation'])}, "
+            f"ISBI 2015 score {_number('{:.3f}', means['isbi_score'])}"
+        )
+    notes = LEGEND
+    if feet:
+        notes += " Means are over the n cases where a number is defined; 95 %: bootstrap interval of the mean"
+        notes += ", too narrow for so few cases." if len(rows) < FEW else "."
+    return lines + textwrap.wrap(notes, WIDTH)
+
+
+def _size_lines(evaluation: Evaluation) -> list[str]:
+    rows = []
+    for entry in evaluation.size_classes():
+        found, false = (_number("{:.3f}", ratio) for ratio in (entry.ltpr, entry.lfpr))
+        counts = [str(entry.reference_lesions), str(entry.detected_lesions), found]
+        counts += [str(entry.predicted_lesions), str(entry.false_lesions), false]
+        rows.append([f"{entry.name} mm³", *counts, _number("{:.3f}", entry.lesion_f1)])
+    title = "By lesion volume: lesions by their volume in the reference, predicted ones by theirs; all cases together."
+    return [title, *_align(["volume", "lesions", "found", "LTPR", "predicted", "false", "LFPR", "F1"], rows)]
+
+
+def _comparison_lines(comparison: Comparison) -> list[str]:
+    if not any(test.n for test in comparison.tests.values()):
+        return [f"{comparison.name} has no case in common."]
+    rows = []
+    for name, test in comparison.tests.items():
+        means = [_number("{:.3f}", value) for value in (test.first_mean, test.second_mean)]
+        # Adding 0 turns a negative zero, which would print as -0.000.
+        differences = [
+            _number("{:+.3f}", round(value, 3) + 0.0)
+            for value in (test.median_difference, test.mean_difference, test.low, test.high)
+        ]
+        p_value = test.remark or (f"{test.p_value:.4f}" if test.p_value >= 1e-4 else "<0.0001")
+        rows.append([TABLE[name][0], *means, *differences, str(test.n), p_value])
+    head = ["number", "this", "other", "median diff", "mean diff", "95 % from", "95 % to", "n", "p"]
+    made = sum(not test.remark for test in comparison.tests.values())
+    notes = "Difference: this minus other, case by case. 95 %: bootstrap interval of the mean difference"
+    notes += ", too narrow for so few cases." if max(test.n for test in comparison.tests.values()) < FEW else "."
+    if made:
+        notes += (
+            f" p: Wilcoxon's signed-rank test, two-sided. No p is corrected for the {counted(made, 'test')} made: "
+            f"to claim a single difference at 5 %, look for p < {0.05 / made:.2g}."
+        )
+    title = textwrap.wrap(f"Compared with {comparison.name} on the cases that both have:", WIDTH)
+    return title + _align(head, rows) + textwrap.wrap(notes, WIDTH)
+
+
+def _failure_lines(evaluation: Evaluation) -> list[str]:
+    count = len(evaluation.failures)
+    if not count:
+        return []
+    title = f"{count} of {counted(count + len(evaluation.cases), 'case')} could not be compared:"
+    return [title, *(f"  {reason}" for reason in evaluation.failures.values())]
+
+
+def _align(head: list[str], rows: list[list[str]], feet: Sequence[list[str]] = ()) -> list[str]:
+    """Columns of equal width, the first to the left, with rules below the head and above the feet."""
+    every = [head, *rows, *feet]
+    widths = [max(len(row[column]) for row in every) for column in range(len(head))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))])
+        for row in every
+    ]
+    rule = "-" * len(lines[0])
+    body = len(rows) + 1
+    return [lines[0], rule, *lines[1:body], *([rule] if feet else []), *lines[body:]]
+
+
+def _cells(numbers: Mapping[str, Any]) -> list[str]:
+    return [_number(form, numbers[key]) for key, (_, form) in TABLE.items()]
+
+
+def _number(form: str, value: float) -> str:
+    return "-" if math.isnan(value) else form.format(value)
