@@ -21,6 +21,7 @@ from nibabel import orientations
 from tqdm import tqdm
 
 from rsanet.segment import files
+from rsanet.segment.datasets import list_cases
 from rsanet.segment.metrics import CaseMetrics, Protocol, SizeClass, choose_protocol, evaluate_case
 from rsanet.segment.statistics import PairedTest, Summary, compare_paired, summarize
 from rsanet.segment.volumes import SUFFIXES, read_mask, stem
@@ -137,13 +138,13 @@ def evaluate(
     """Compare two masks, two mask files, or the masks of two folders subject by subject.
 
     Files of a folder are matched by the ``sub-`` and ``ses-`` in their names, else by the name without its ending and
-    ``_label-lesion_mask``. A folder with ``derivatives/lesions`` is a cohort: its masks are there. A bad case does not
-    stop the others. A mask whose axes are flipped or swapped is turned to its reference; one on other voxels is not
+    ``_label-lesion_mask``. The reference may be a data set: its lesion masks are taken. A bad case does not stop the
+    others. A mask whose axes are flipped or swapped is turned to its reference; one on other voxels is not
     resampled, but a failure.
 
     Args:
         pred: a NIfTI file or a folder; or an array (X, Y, Z) of 0 and 1.
-        ref: likewise.
+        ref: likewise, or a data set of any layout that training reads, by its folder or its list.
         spacing: voxel size in mm, for arrays; files carry their own.
         protocol: how lesions are counted, a key of ``PROTOCOLS`` or a protocol.
         compare: another prediction of the same references, of the kind of ``pred``.
@@ -153,7 +154,7 @@ def evaluate(
         The cases, and by subject the reason for each pair that could not be compared or has no partner.
 
     Raises:
-        ValueError: a path does not exist, or one is a file and the other a folder, or nothing matches, or arrays
+        ValueError: a path does not exist, or one holds many masks and the other is one, or nothing matches, or arrays
             cannot be compared.
     """
     chosen = choose_protocol(protocol) if isinstance(protocol, str) else protocol
@@ -199,9 +200,10 @@ def _evaluate_paths(
     for path in (pred, ref):
         if not path.exists():
             raise ValueError(f"{path} does not exist: give a mask or a folder of masks.")
-    if pred.is_dir() != ref.is_dir():
-        file, folder = (ref, pred) if pred.is_dir() else (pred, ref)
-        raise ValueError(f"{folder} is a folder and {file} is a file: give two files or two folders.")
+    listed = ref.is_file() and not ref.name.endswith(SUFFIXES)
+    if pred.is_dir() != (ref.is_dir() or listed):
+        several, one = (pred, ref) if pred.is_dir() else (ref, pred)
+        raise ValueError(f"{several} holds many masks and {one} is one file: give two files or two folders.")
     failures: dict[str, str] = {}
     pairs = _pair(pred, ref, failures) if pred.is_dir() else {name or _subject(pred): (pred, ref)}
     cases = []
@@ -216,7 +218,7 @@ def _evaluate_paths(
 
 def _pair(pred: Path, ref: Path, failures: dict[str, str]) -> dict[str, tuple[Path, Path]]:
     """Masks of two folders by subject; subjects without a partner go to ``failures``."""
-    predictions, references = find_masks(pred), find_masks(ref)
+    predictions, references = find_masks(pred), find_references(ref)
     for folder, found in ((pred, predictions), (ref, references)):
         if not found:
             raise ValueError(f"{folder} has no masks: expected .nii or .nii.gz files, such as sub-001*.nii.gz.")
@@ -234,11 +236,26 @@ def _pair(pred: Path, ref: Path, failures: dict[str, str]) -> dict[str, tuple[Pa
             failures[subject] = f"{subject} has a prediction but no reference in {ref}."
         elif len(here) > 1 or len(there) > 1:
             folder, several = (pred, here) if len(here) > 1 else (ref, there)
-            names = ", ".join(str(file.relative_to(folder)) for file in several)
+            names = ", ".join(os.path.relpath(file, folder if folder.is_dir() else folder.parent) for file in several)
             failures[subject] = f"{subject} has several masks in {folder} ({names}): leave one."
         else:
             pairs[subject] = (here[0], there[0])
     return pairs
+
+
+def find_references(source: Path) -> dict[str, list[Path]]:
+    """The lesion masks of a data set by case, of any layout that ``list_cases`` reads, else of a folder of masks."""
+    if not (source / "derivatives" / "lesions").is_dir():
+        try:
+            cases, _ = list_cases(source)
+        except ValueError:
+            if source.is_file():
+                raise
+            cases = []  # masks alone are no data set
+        masks = {case.id: [case.mask] if case.mask else case.several.get("mask", []) for case in cases}
+        if masks := {case: paths for case, paths in masks.items() if paths}:
+            return masks
+    return find_masks(source) if source.is_dir() else {}
 
 
 def find_masks(folder: PathLike) -> dict[str, list[Path]]:

@@ -103,6 +103,20 @@ def test_two_files_and_a_flat_folder(tmp_path):
         evaluate(tmp_path / "empty", ref.parent)
 
 
+def test_references_are_the_masks_of_a_data_set_of_any_layout(tmp_path):
+    for name in ("ms_1", "ms_2"):
+        save(tmp_path / "nnunet" / "imagesTr" / f"{name}_0000.nii.gz", volume(FAR) * 100)
+        save(tmp_path / "nnunet" / "labelsTr" / f"{name}.nii.gz", volume(CUBE))
+        save(tmp_path / "predictions" / f"{name}_label-lesion_mask.nii.gz", volume(SHIFTED))
+    (tmp_path / "nnunet" / "dataset.json").write_text('{"channel_names": {"0": "FLAIR"}, "file_ending": ".nii.gz"}')
+    rows = [f"{name},imagesTr/{name}_0000.nii.gz,labelsTr/{name}.nii.gz" for name in ("ms_1", "ms_2")]
+    (tmp_path / "nnunet" / "cases.csv").write_text("\n".join(["id,FLAIR,mask", *rows]))
+    for reference in ("nnunet", "nnunet/labelsTr", "nnunet/cases.csv"):
+        evaluation = evaluate(tmp_path / "predictions", tmp_path / reference)
+        assert [(case.subject, case.dice) for case in evaluation.cases] == [("ms_1", 0.5), ("ms_2", 0.5)]
+        assert evaluation.failures == {}
+
+
 def test_several_masks_of_one_subject_are_a_failure_that_names_the_files(cohort):
     predictions, reference = cohort
     save(predictions / "other" / "sub-002_pred.nii", volume(CUBE), TALL)

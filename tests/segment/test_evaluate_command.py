@@ -1,0 +1,98 @@
+"""What `rsanet evaluate` keeps of its user's files, prints, and returns."""
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+
+
+def save(path, *starts):
+    """A mask of cubes of 8 mm³."""
+    mask = np.zeros((12, 12, 12), np.uint8)
+    for start in starts:
+        mask[start : start + 2, 2:4, 2:4] = 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), path)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two subjects: references, a good and a worse prediction."""
+    for number in (1, 2):
+        save(tmp_path / "ref" / f"sub-{number}.nii.gz", 1, 6)
+        save(tmp_path / "good" / f"sub-{number}.nii.gz", 1, 6)
+        save(tmp_path / "worse" / f"sub-{number}.nii.gz", 2)
+    return tmp_path / "ref", tmp_path / "good", tmp_path / "worse"
+
+
+@pytest.mark.parametrize("option", ["--csv", "--json"])
+def test_a_file_that_exists_is_kept_unless_overwrite_is_given(folders, tmp_path, rsanet, option):
+    ref, good, _ = folders
+    kept = tmp_path / "scores"
+    kept.write_text("precious")
+    code, out, err = rsanet("evaluate", good, ref, option, kept)
+    assert (code, out) == (1, "")
+    assert err == f"rsanet: {kept} exists: give another name, or --overwrite to replace it.\n"
+    assert kept.read_text() == "precious"
+    code, out, err = rsanet("evaluate", good, ref, option, kept, "--overwrite")
+    assert (code, err) == (0, "")
+    assert "sub-2" in kept.read_text()
+
+
+def test_another_prediction_is_compared_and_written(folders, tmp_path, rsanet):
+    ref, good, worse = folders
+    code, out, err = rsanet("evaluate", good, ref, "--compare", worse, "--json", tmp_path / "scores.json")
+    assert (code, err) == (0, "")
+    assert f"Compared with {worse}" in out
+    comparison = json.loads((tmp_path / "scores.json").read_text())["comparison"]
+    assert comparison["tests"]["ltpr"]["mean_difference"] == 0.5
+    assert comparison["other"] == str(worse)
+
+
+def test_a_bad_case_of_the_other_prediction_is_named_and_fails(folders, rsanet):
+    ref, good, worse = folders
+    (worse / "sub-2.nii.gz").write_bytes(b"not an image")
+    code, out, err = rsanet("evaluate", good, ref, "--compare", worse)
+    assert code == 1
+    assert err.startswith(f"rsanet: 1 case could not be compared: {worse / 'sub-2.nii.gz'} cannot be read")
+    assert err.count("\n") == 1
+    assert "1.000" in out
+
+
+def test_no_table_is_written_where_no_case_could_be_compared(folders, tmp_path, rsanet):
+    ref, good, _ = folders
+    for file in good.iterdir():
+        file.write_bytes(b"not an image")
+    code, out, err = rsanet("evaluate", good, ref, "--csv", tmp_path / "scores.csv")
+    assert code == 1
+    assert "2 cases could not be compared: sub-1, sub-2" in err
+    assert out.count("cannot be read") == 2
+    assert not (tmp_path / "scores.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [
+        ("custom", "26-connected lesions, detected by any overlap, no minimum size"),
+        ("isbi2015", "18-connected lesions, detected by any overlap, no minimum size"),
+        ("msseg2016", "6-connected lesions, detected if more than 10 % is covered"),
+        ("wmh2017", "26-connected lesions, detected by any overlap, no minimum size"),
+        ("shifts", "6-connected lesions, detected by IoU of at least 0.25, no minimum size"),
+    ],
+)
+def test_every_preset_prints_its_rules(folders, rsanet, name, rules):
+    ref, good, _ = folders
+    code, out, _ = rsanet("evaluate", good, ref, "--protocol", name)
+    assert code == 0
+    assert out.startswith(f"Protocol {name}: {rules}")
+    assert name in rsanet("evaluate", "--help")[1]
+
+
+def test_a_changed_rule_is_printed_as_custom(folders, rsanet):
+    ref, good, _ = folders
+    code, out, _ = rsanet("evaluate", good, ref, "--protocol", "msseg2016", "--minimum-mm3", "9")
+    assert code == 0
+    assert out.startswith("Protocol custom: 6-connected")
+    assert "lesions up to 9 mm³ left out" in out
