@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from rsanet.commands.common import DEFAULTS, Device, Model, PrecisionName, Roi
-from rsanet.segment.words import counted
+from rsanet.segment.words import counted, sizes
 
 
 def predict(
@@ -19,41 +19,84 @@ def predict(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="The mask, .nii.gz; with --data, the folder for masks.")
     ] = None,
-    roi: Roi = None,
+    split: Annotated[Path | None, typer.Option(help="With --data: do only the test part of this split file.")] = None,
+    ensemble: Annotated[
+        list[Path] | None, typer.Option(help="Further models of the same contrasts: the probabilities are averaged.")
+    ] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Probability above which a voxel is lesion.")] = 0.5,
+    min_lesion_mm3: Annotated[
+        float, typer.Option("--min-lesion-mm3", min=0, help="Remove lesions of a smaller volume.")
+    ] = 0.0,
+    probability_map: Annotated[
+        bool, typer.Option("--probability-map", help="Write the probability, too: ..._probseg.nii.gz.")
+    ] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Draw the slices with the most lesion beside each mask, as .png.")
+    ] = False,
+    flips: Annotated[
+        bool, typer.Option("--flips", help="Average over the eight mirror images; takes eight times as long.")
+    ] = False,
+    roi: Roi = None,
+    whole_brain: Annotated[
+        bool, typer.Option("--whole-brain", help="Give the network the whole brain at once, where it fits into memory.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave the masks that a cohort has, and do the others.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")] = False,
     precision: PrecisionName = DEFAULTS.precision,
     device: Device = DEFAULTS.device,
 ) -> None:
-    """Predict lesion masks, on the grid of each subject's first image."""
+    """Predict lesion masks, on the grid of each subject's first image. Under torchrun, processes share a cohort."""
     if out is None:
         raise typer.BadParameter("give the mask's name, or with --data a folder.", param_hint="-o")
     if bool(images) == bool(data):
         raise typer.BadParameter("give either the images of one subject or --data with a cohort.", param_hint="-i")
-    from rsanet.segment.prediction import Segmenter, name_images, predict_case, predict_cohort
-
-    segmenter = Segmenter.load(model, roi=roi, device=device, precision=precision)
+    for given, option in ((split, "--split"), (resume, "--resume")):
+        if given and not data:
+            raise typer.BadParameter("this is for a cohort: give --data.", param_hint=option)
+    models = [model, *(ensemble or [])]
+    written = {
+        "threshold": threshold,
+        "min_lesion_mm3": min_lesion_mm3,
+        "probability_map": probability_map,
+        "preview": preview,
+        "overwrite": overwrite,
+    }
+    inference = {"roi": roi, "device": device, "precision": precision, "flips": flips, "whole_brain": whole_brain}
     if images:
-        case = name_images(segmenter, images)
-        typer.echo(segmenter.describe())
-        found = predict_case(segmenter, case, out, threshold=threshold)
-        typer.echo(f"{counted(found.lesions, 'lesion')}, {found.load_mm3:g} mm³, {found.seconds:.1f} s.")
+        import sys
+
+        from rsanet.segment.prediction import predict as predict_subject
+
+        bar = sys.stderr.isatty()
+        found = predict_subject(models, images, out, say=typer.echo, progress=bar, **written, **inference)
+        typer.echo(f"{_words(found)}.")
         typer.echo(f"The mask is {out}.")
         return
+
+    from rsanet.segment.cohort import predict_cohort
+    from rsanet.segment.processes import is_first
 
     def progress(number: int, total: int, result: Any) -> None:
         if isinstance(result, str):
             typer.echo(f"{number}/{total}  no mask: {result}")
-        else:
-            typer.echo(
-                f"{number}/{total}  {result.case}: {counted(result.lesions, 'lesion')}, {result.load_mm3:g} mm³, "
-                f"{result.seconds:.1f} s"
-            )
+            return
+        window = f", window {' and '.join(window.words for window in result.windows)}" if whole_brain else ""
+        typer.echo(f"{number}/{total}  {result.case} ({sizes(result.mask.shape)}): {_words(result)}{window}")
 
-    typer.echo(segmenter.describe())
-    predictions, failures = predict_cohort(segmenter, data, out, threshold=threshold, progress=progress)
+    rows, failures = predict_cohort(
+        models, data, out, split=split, resume=resume, progress=progress, say=typer.echo, **written, **inference
+    )
+    if not is_first():
+        raise typer.Exit(1 if failures else 0)
     if failures:
-        others = f" The other masks are in {out}." if predictions else ""
-        total = len(failures) + len(predictions)
+        others = f" The other masks are in {out}." if rows else ""
+        total = counted(len(failures) + len(rows), "case")
         have = "has" if len(failures) == 1 else "have"
-        raise ValueError(f"{len(failures)} of {counted(total, 'case')} {have} no mask: {', '.join(failures)}.{others}")
+        raise ValueError(f"{len(failures)} of {total} {have} no mask: {', '.join(failures)}.{others}")
     typer.echo(f"The masks are in {out}, with predictions.csv.")
+
+
+def _words(found: Any) -> str:
+    return f"{counted(found.lesions, 'lesion')}, {found.load_mm3:.1f} mm³, {found.seconds:.1f} s"

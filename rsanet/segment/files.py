@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,7 @@ def written_beside(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, put in its place on success and removed otherwise."""
     check_writable(path)
     # The name keeps its end: writers choose the format by it, and `.nii.gz` is more than a suffix.
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f".partial-{socket.gethostname()}-{os.getpid()}-{path.name}")
     try:
         yield partial
         os.replace(partial, path)
@@ -41,6 +43,26 @@ def written_beside(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes what killed processes of this machine left half-written in a folder."""
+    for path in folder.glob(".partial-*"):
+        owner = re.match(rf"\.partial-{re.escape(socket.gethostname())}-(\d+)-", path.name)
+        if owner and not _is_running(int(owner[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # there, asking would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # someone else's
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

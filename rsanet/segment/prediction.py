@@ -1,322 +1,288 @@
-"""Lesion masks from a trained model, in the space of the images they were asked for."""
+"""The lesion mask of one subject, in the space of the images it was asked for."""
 
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-from monai.data import MetaTensor
-from monai.inferers import sliding_window_inference
-from monai.transforms import Compose, Invertd, SpatialCrop, SpatialPad
-from torch import Tensor, nn
+from nibabel.spatialimages import SpatialImage
 
-from rsanet.attention import RSABlock
-from rsanet.checkpoints import load_model
-from rsanet.network import RSANet
-from rsanet.segment.data import preprocessing
-from rsanet.segment.datasets import Case, list_cases
-from rsanet.segment.environment import (
-    MEMORY_FORMAT,
-    Precision,
-    attention_backend,
-    describe_device,
-    pick_device,
-    pick_precision,
-)
-from rsanet.segment.files import check_writable, write_csv, written_beside
+from rsanet.segment.datasets import Case, canonical, is_simulated
+from rsanet.segment.ensemble import Ensemble, Model, Prepared
+from rsanet.segment.files import check_new, remove_stale, written_beside
 from rsanet.segment.metrics import label_lesions
-from rsanet.segment.recipe import triple
-from rsanet.segment.volumes import SUFFIXES, read_volume
+from rsanet.segment.report import draw_overlay
+from rsanet.segment.segmenter import MODEL_NAME, Segmenter, Window, lesion_probability
+from rsanet.segment.volumes import SUFFIXES, read_image, stem
+from rsanet.segment.words import counted
 
-MODEL_NAME = "model.safetensors"
-WINDOWS = 2  # per pass; see below why not one
-MASK_NAME = "{case}_label-lesion_mask.nii.gz"
-
-
-@torch.inference_mode()
-def lesion_probability(network: nn.Module, image: Tensor, roi: Sequence[int], precision: Precision) -> Tensor:
-    """Probability of lesion at each voxel of whole volumes, from overlapping windows with Gaussian blending.
-
-    Slice-wise attention is global over its window, so the result depends on ``roi``.
-
-    Args:
-        network: a network with background and lesion logits, on the device to compute on.
-        image: ``(N, C, D, H, W)``, normalized.
-        roi: size of the window.
-        precision: what to compute the network in.
-
-    Returns:
-        ``(N, 1, D, H, W)``, float32, on the device of ``image``.
-    """
-    device = next(network.parameters()).device
-
-    def predict_windows(windows: Tensor) -> Tensor:
-        if device.type == "cpu" and len(windows) == 1:
-            # torch leaves narrow convolutions of a single volume to a kernel that is ten times slower.
-            return predict_windows(windows.repeat(2, 1, 1, 1, 1))[:1]
-        with precision.autocast(device):
-            logits = network(windows.contiguous(memory_format=MEMORY_FORMAT))
-        return torch.softmax(logits.float(), dim=1)[:, 1:]
-
-    return sliding_window_inference(
-        image,
-        roi,
-        WINDOWS,
-        predict_windows,
-        overlap=0.25,
-        mode="gaussian",
-        sw_device=device,
-        device=image.device,
-    )
+__all__ = ["MODEL_NAME", "Options", "Prediction", "Segmenter", "lesion_probability", "predict", "predict_case"]
 
 
 @dataclass(frozen=True)
-class Segmenter:
-    """A trained network with everything it needs to know about images: the model file alone predicts."""
+class Options:
+    """What is made of a probability.
 
-    network: RSANet
-    contrasts: tuple[str, ...]
-    roi: tuple[int, int, int]
-    spacing: tuple[float, float, float] | None
-    device: torch.device
-    precision: Precision
-    name: str = "the model"  # for messages
+    Args:
+        threshold: probability above which a voxel is lesion.
+        min_lesion_mm3: 26-connected lesions of a smaller volume, by the header, are removed.
+        probability_map: whether the probability is written, too, as float32.
+        preview: whether a picture of the slices with the most lesion is written, too.
 
-    @classmethod
-    def load(
-        cls,
-        model: str | Path,
-        *,
-        roi: Sequence[int] | None = None,
-        device: str = "auto",
-        precision: str = "auto",
-    ) -> "Segmenter":
-        """Loads a model file, or that of a run folder.
+    Raises:
+        ValueError: a number is out of its range.
+    """
 
-        Args:
-            model: a run folder or a ``.safetensors`` file.
-            roi: size of the window, one or three numbers; None takes the size of the training patches.
-            device: as in `Recipe`.
-            precision: as in `Recipe`.
-        """
-        path = model_file(model)
-        chosen = pick_device(device)
-        network = load_model(path)
-        extra = network.extra
-        if not {"contrasts", "roi"} <= extra.keys():
-            raise ValueError(f"{path} does not name its contrasts and window: give a model of `rsanet train`.")
-        check_extra(path, network)
-        window = triple(roi, "--roi") if roi else tuple(extra["roi"])
-        if min(window) < 1:
-            raise ValueError(f"--roi is {window}: give positive sizes in voxels.")
-        spacing = tuple(extra["spacing"]) if extra.get("spacing") else None
-        network = network.float().to(chosen, memory_format=MEMORY_FORMAT).eval()
-        return cls(
-            network, tuple(extra["contrasts"]), window, spacing, chosen, pick_precision(precision, chosen), str(path)
-        )
+    threshold: float = 0.5
+    min_lesion_mm3: float = 0.0
+    probability_map: bool = False
+    preview: bool = False
 
-    @property
-    def backend(self) -> str:
-        """Name of the attention backend that runs a window."""
-        return attention_backend(self.network, self.roi, self.device, self.precision)
-
-    def describe(self) -> str:
-        """The first line of a prediction."""
-        return (
-            f"{describe_device(self.device)}, attention backend {self.backend}, precision {self.precision}, "
-            f"window {'×'.join(map(str, self.roi))}."
-        )
-
-    def images_of(self, case: Case) -> dict[str, Path]:
-        """The images of a case that the model wants, in its order."""
-        return case.pick(self.contrasts)
-
-    def attention_maps(self, case: Case) -> dict[str, np.ndarray]:
-        """The ``(S, S)`` maps of the coarsest slice-wise attention, by axis, in the window of the largest lesion.
-
-        Args:
-            case: a case with a mask that says where the largest lesion is; without lesions it is the middle.
-        """
-        block = next((module for module in self.network.modules() if isinstance(module, RSABlock)), None)
-        if block is None:
-            raise ValueError("This model has no slice-wise attention to draw: train it with --attention rsa.")
-        data = preprocessing(self.spacing)(Case(case.id, self.images_of(case), case.mask))
-        labels, count = label_lesions(data["mask"][0].numpy())
-        volume = data["image"].as_tensor()
-        centre = [size // 2 for size in volume.shape[1:]]
-        if count:
-            largest = np.bincount(labels[labels > 0]).argmax()
-            centre = np.argwhere(labels == largest).mean(0).round().astype(int).tolist()
-        window = SpatialCrop(roi_center=centre, roi_size=self.roi)(SpatialPad(self.roi)(volume))
-        maps = self.network.attention_maps(torch.as_tensor(window)[None].to(self.device))
-        first = next(iter(maps.values()))
-        return {axis: values[0].float().cpu().numpy() for axis, values in zip(block.axes, first, strict=True)}
-
-    def probability(self, case: Case) -> np.ndarray:
-        """Probability of lesion on the grid of the case's first image."""
-        transform = preprocessing(self.spacing)
-        data = transform(Case(case.id, self.images_of(case)))
-        image = data["image"]
-        probability = lesion_probability(self.network, image.as_tensor()[None], self.roi, self.precision)
-        if not torch.isfinite(probability).all():
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"--threshold is {self.threshold}: give a probability, from 0 to 1.")
+        if not 0 <= self.min_lesion_mm3 < math.inf:
             raise ValueError(
-                f"{self.name} gives {case.id} probabilities that are NaN: its weights do not fit these images, or "
-                "are spoiled; try --precision fp32, or train again."
+                f"--min-lesion-mm3 is {self.min_lesion_mm3}: give a volume in mm³, 0 to keep every lesion."
             )
-        return restore_grid(probability[0], image, transform)
 
-
-def restore_grid(volume: Tensor, image: MetaTensor, transform: Compose) -> np.ndarray:
-    """Takes ``(1, D, H, W)`` from the preprocessed grid of ``image`` back to the grid of its file."""
-    invert = Invertd("volume", transform, orig_keys="image", nearest_interp=False)
-    return invert({"image": image, "volume": MetaTensor(volume)})["volume"][0].numpy()
-
-
-def model_file(model: str | Path) -> Path:
-    """The model file that a run folder or a path to the file itself means."""
-    model = Path(model)
-    path = model / MODEL_NAME if model.is_dir() else model
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give the folder of a finished run, or a .safetensors file.")
-    return path
-
-
-def check_extra(path: Path, network: RSANet) -> None:
-    """Refuses a model file whose words on its use cannot be true."""
-    contrasts, roi, spacing = (network.extra.get(key) for key in ("contrasts", "roi", "spacing"))
-    channels, classes = network.config["in_channels"], network.config["out_channels"]
-
-    def three(values: Any, kinds: type | tuple[type, ...]) -> bool:
-        return (
-            isinstance(values, list)
-            and len(values) == 3
-            and all(isinstance(value, kinds) and not isinstance(value, bool) for value in values)
-            and all(0 < value < math.inf for value in values)
-        )
-
-    if classes != 2:
-        problem = f"{classes} output channels, not background and lesion"
-    elif not (isinstance(contrasts, list) and all(isinstance(name, str) for name in contrasts)):
-        problem = f"the contrasts {contrasts!r}, not a list of names"
-    elif len(contrasts) != channels or len(set(contrasts)) != channels:
-        problem = f"the contrasts {contrasts!r}, but its network has {channels} input channels"
-    elif not three(roi, int):
-        problem = f"the window {roi!r}, not three sizes in voxels"
-    elif spacing is not None and not three(spacing, (int, float)):
-        problem = f"the spacing {spacing!r}, not three sizes in mm"
-    else:
-        return
-    raise ValueError(f"{path} has {problem}: give a model of `rsanet train`.")
-
-
-def write_mask(mask: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
-    """Saves a binary mask as uint8 with the grid and header of ``like``."""
-    header = like.header.copy()
-    header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
-    header["cal_min"], header["cal_max"] = 0, 1
-    with written_beside(path) as partial:
-        nib.save(nib.Nifti1Image(mask.astype(np.uint8), like.affine, header), partial)
+    def files(self, mask: Path) -> dict[str, Path]:
+        """The files of a case by what they hold: ``mask``, ``probability``, ``preview``."""
+        found = {"mask": mask}
+        if self.probability_map:
+            # The ending of BIDS, by which a folder's masks are told from its probability maps.
+            name = stem(mask).removesuffix("_mask") + "_probseg"
+            found["probability"] = mask.with_name(name + mask.name[len(stem(mask)) :])
+        if self.preview:
+            found["preview"] = mask.with_name(stem(mask) + ".png")
+        return found
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a mask holds: a row of ``predictions.csv``."""
+    """The lesions of one subject.
+
+    Attributes:
+        case: name of the subject.
+        mask: ``(X, Y, Z)``, uint8, on the first image's grid.
+        probability: likewise, float32.
+        affine: ``(4, 4)``, from voxels to mm.
+        lesions: number of 26-connected lesions in the mask.
+        load_mm3: their volume by the header.
+        seconds: time from the files to the files.
+        backend: what ran the attention.
+        windows: what each network saw at once.
+        path: the mask's file, if it was written.
+    """
 
     case: str
-    mask: Path
+    mask: np.ndarray
+    probability: np.ndarray
+    affine: np.ndarray
     lesions: int
     load_mm3: float
     seconds: float
     backend: str
+    windows: tuple[Window, ...]
+    path: Path | None
 
 
-def predict_case(segmenter: Segmenter, case: Case, out: str | Path, *, threshold: float = 0.5) -> Prediction:
-    """Writes the lesion mask of a case on the grid of its first image.
+def predict(
+    model: Model | Sequence[Model],
+    images: Any,
+    out: str | os.PathLike | None = None,
+    *,
+    affine: np.ndarray | None = None,
+    threshold: float = 0.5,
+    min_lesion_mm3: float = 0.0,
+    probability_map: bool = False,
+    preview: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+    say: Callable[[str], None] | None = None,
+    **inference: Any,
+) -> Prediction:
+    """Predicts the lesion mask of one subject.
 
     Args:
-        segmenter: the model.
-        case: images by contrast; contrasts beyond the model's are left out.
-        out: file to write, ``.nii`` or ``.nii.gz``.
-        threshold: probability above which a voxel is lesion.
+        model: a run folder, a model file or a `Segmenter`, or several whose probabilities are averaged.
+        images: files, images of nibabel, or arrays with ``affine``, in the order of the model's contrasts or by
+            contrast. Those on other grids are brought to the first one's by their headers.
+        out: file for the mask, ``.nii`` or ``.nii.gz``; None writes nothing.
+        affine: from voxels to mm; needed with arrays only.
+        threshold: see `Options`.
+        min_lesion_mm3: see `Options`.
+        probability_map: see `Options`; the file is beside the mask and ends in ``_probseg``.
+        preview: see `Options`; the file is beside the mask and ends in ``.png``.
+        overwrite: whether files that exist are replaced.
+        progress: whether to draw a bar over the windows on stderr.
+        say: called with one line on device, backend, precision and shapes before the network runs.
+        inference: ``roi``, ``device``, ``precision``, ``flips`` and ``whole_brain`` of `Segmenter.load`.
 
     Returns:
-        The number of 26-connected lesions, their volume by the header, and the time it took.
+        Mask and probability on the first image's grid, and what they hold.
+
+    Raises:
+        ValueError: an argument, the model or an image cannot serve, or the memory does not suffice.
+        OSError: a file cannot be read or written.
+    """
+    options = Options(threshold, min_lesion_mm3, probability_map, preview)
+    path = None if out is None else Path(out)
+    if path is not None:
+        check_outputs(options.files(path), overwrite=overwrite)
+        remove_stale(path.parent)
+    elif probability_map or preview:
+        raise ValueError("There is no out, beside which the probability map and the preview are written: give one.")
+    ensemble = Ensemble.load(model, **inference)
+    case = name_images(ensemble.contrasts, images, affine)
+    return predict_case(ensemble, ensemble.prepare(case), path, options, progress=progress, say=say)
+
+
+def predict_case(
+    ensemble: Ensemble,
+    ready: Prepared,
+    out: Path | None,
+    options: Options,
+    *,
+    progress: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Prediction:
+    """Segments a case that was read, and writes its files; the mask comes last.
+
+    Args:
+        ensemble: the models.
+        ready: the case.
+        out: file for the mask, or None.
+        options: what to make of the probability.
+        progress: see `predict`.
+        say: see `predict`.
+
+    Raises:
+        ValueError: an output is an input, a probability is not a number, or the memory does not suffice.
+        OSError: a file cannot be written.
     """
     started = time.perf_counter()
-    out = Path(out)
-    if not out.name.endswith(SUFFIXES):
-        raise ValueError(f"{out} is not a name for a mask: end it in .nii.gz.")
-    check_writable(out)
-    for path in (*case.images.values(), case.mask):
-        if path and path.exists() and out.exists() and out.samefile(path):
-            raise ValueError(f"{out} is an input of {case.id}, and would be lost: give another name to the mask.")
-    mask = segmenter.probability(case) > threshold
-    like = read_volume(case.images[segmenter.contrasts[0]])[1]
-    write_mask(mask, like, out)
-    voxel_mm3 = abs(float(np.linalg.det(like.affine[:3, :3])))
+    case, grid = ready.case, ready.grid
+    files = options.files(out) if out else {}
+    for path in files.values():
+        check_no_input(path, case)
+    windows = ensemble.windows(ready)
+    if say:
+        say(ensemble.describe(ready, windows))
+    probability = ensemble.probability(ready, windows, progress=progress)
+    voxel_mm3 = abs(float(np.linalg.det(grid.affine[:3, :3])))
+    mask, lesions = lesion_mask(probability, options, voxel_mm3)
+    if "probability" in files:
+        write_volume(probability, grid, files["probability"])
+    if "preview" in files:
+        first = case.images[ensemble.contrasts[0]]
+        image = nib.Nifti1Image(read_image(first)[0], grid.affine)
+        overlay = nib.Nifti1Image(mask, grid.affine)
+        simulated = any(is_simulated(file) for file in paths_of(case))
+        draw_overlay(image, None, overlay, None, files["preview"], name=case.id, simulated=simulated)
+    if "mask" in files:
+        write_volume(mask, grid, files["mask"])
     return Prediction(
         case.id,
+        mask,
+        probability,
+        grid.affine,
+        lesions,
+        int(np.count_nonzero(mask)) * voxel_mm3,
+        ready.seconds + time.perf_counter() - started,
+        ensemble.backend([window.size for window in windows]),
+        tuple(windows),
         out,
-        label_lesions(mask)[1],
-        round(float(mask.sum()) * voxel_mm3, 1),
-        round(time.perf_counter() - started, 2),
-        segmenter.backend,
     )
 
 
-def name_images(segmenter: Segmenter, images: Sequence[str | Path]) -> Case:
-    """Files in the order of the model's contrasts, as a case."""
-    if len(images) != len(segmenter.contrasts):
-        wanted = " ".join(segmenter.contrasts)
-        raise ValueError(
-            f"-i has {len(images)} image{'s' if len(images) != 1 else ''}, but this model wants "
-            f"{len(segmenter.contrasts)}: give {wanted}, in this order."
-        )
-    paths = [Path(image) for image in images]
-    return Case(paths[0].name, dict(zip(segmenter.contrasts, paths, strict=True)))
+def lesion_mask(probability: np.ndarray, options: Options, voxel_mm3: float) -> tuple[np.ndarray, int]:
+    """The mask ``(X, Y, Z)`` as uint8 of a probability, and the number of its 26-connected lesions."""
+    mask = probability > options.threshold
+    labels, count = label_lesions(mask)
+    if options.min_lesion_mm3 and count:
+        # A lesion of exactly the minimum stays, whatever the rounding of the voxel volume.
+        large = np.bincount(labels.ravel()) * voxel_mm3 >= options.min_lesion_mm3 * (1 - 1e-6)
+        large[0] = False
+        mask, count = large[labels], int(large.sum())
+    return mask.astype(np.uint8), count
 
 
-def predict_cohort(
-    segmenter: Segmenter,
-    data: str | Path,
-    out: str | Path,
-    *,
-    threshold: float = 0.5,
-    progress: Callable[[int, int, Prediction | str], None] | None = None,
-) -> tuple[list[Prediction], dict[str, str]]:
-    """Writes a mask for every case of a data set, and ``predictions.csv``. A bad case does not stop the others.
+def name_images(contrasts: Sequence[str], images: Any, affine: np.ndarray | None = None) -> Case:
+    """Images as a case.
 
     Args:
-        segmenter: the model.
-        data: the data set.
-        out: folder for the masks, created where needed.
-        threshold: probability above which a voxel is lesion.
-        progress: called after each case with its number, the number of cases, and its prediction or what is wrong.
+        contrasts: the wanted ones.
+        images: see `predict`.
+        affine: see `predict`.
 
-    Returns:
-        The predictions, and the reason for each case without one.
+    Raises:
+        ValueError: there are too few or too many, or an array has no affine.
     """
-    out = Path(out)
-    cases, _ = list_cases(data, segmenter.contrasts)
-    out.mkdir(parents=True, exist_ok=True)
-    check_writable(out / "predictions.csv")
-    predictions: list[Prediction] = []
-    failures: dict[str, str] = {}
-    for number, case in enumerate(cases, start=1):
-        try:
-            prediction = predict_case(segmenter, case, out / MASK_NAME.format(case=case.id), threshold=threshold)
-        except (ValueError, OSError) as error:
-            failures[case.id] = str(error)
-        else:
-            predictions.append(prediction)
-        if progress:
-            progress(number, len(cases), failures.get(case.id) or predictions[-1])
-    if predictions:
-        write_csv(out / "predictions.csv", [{**vars(row), "mask": row.mask.name} for row in predictions])
-    return predictions, failures
+    alone = isinstance(images, (str, os.PathLike, SpatialImage)) or getattr(images, "ndim", 0) == 3
+    if isinstance(images, Mapping):
+        known = {canonical(name): image for name, image in images.items()}
+        if missing := [name for name in contrasts if name not in known]:
+            raise ValueError(f"The images have no {' and no '.join(missing)}: give {' '.join(contrasts)}.")
+        named = {name: known[name] for name in contrasts}
+    else:
+        given = [images] if alone else list(images)
+        if len(given) != len(contrasts):
+            raise ValueError(
+                f"-i has {counted(len(given), 'image')}, but this model wants {len(contrasts)}: "
+                f"give {' '.join(contrasts)}, in this order."
+            )
+        named = dict(zip(contrasts, given, strict=True))
+    named = {name: _as_volume(image, name, affine) for name, image in named.items()}
+    first = named[contrasts[0]]
+    file = first.get_filename() if isinstance(first, SpatialImage) else first
+    return Case(Path(file).name if file else "the subject", named)
+
+
+def _as_volume(image: Any, name: str, affine: np.ndarray | None) -> Path | SpatialImage:
+    if isinstance(image, (str, os.PathLike)):
+        return Path(image)
+    if isinstance(image, SpatialImage):
+        return image
+    voxels = np.asarray(image)
+    if voxels.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{name} is a {type(image).__name__}: give a file, an image of nibabel, or an array of numbers."
+        )
+    if affine is None:
+        raise ValueError(f"{name} is an array without an affine: give affine=, or an image of nibabel.")
+    return nib.Nifti1Image(voxels.astype(np.float32), affine)
+
+
+def paths_of(case: Case) -> list[Path]:
+    """The files of a case."""
+    return [path for path in (*case.images.values(), case.mask) if isinstance(path, Path)]
+
+
+def check_outputs(files: Mapping[str, Path], *, overwrite: bool) -> None:
+    """Refuses names that cannot be written, or are taken where nothing may be lost."""
+    if not files["mask"].name.endswith(SUFFIXES):
+        raise ValueError(f"{files['mask']} is not a name for a mask: end it in .nii.gz.")
+    for path in files.values():
+        check_new(path, overwrite=overwrite)
+
+
+def check_no_input(path: Path, case: Case) -> None:
+    """Refuses to write over a file of the case itself."""
+    if path.exists() and any(file.exists() and path.samefile(file) for file in paths_of(case)):
+        raise ValueError(f"{path} is an input of {case.id}, and would be lost: give another name to the mask.")
+
+
+def write_volume(voxels: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
+    """Saves values from 0 to 1 in their own dtype with the grid and header of ``like``."""
+    header = like.header.copy()
+    header.set_data_dtype(voxels.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"], header["cal_max"] = 0, 1
+    with written_beside(path) as partial:
+        nib.save(nib.Nifti1Image(voxels, like.affine, header), partial)

@@ -1,0 +1,186 @@
+"""One model or several as one: from the images of a case to the mean probability on the first image's grid."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, Invertd
+from nibabel.spatialimages import SpatialImage
+from torch import Tensor
+
+from rsanet.segment.data import preprocessing
+from rsanet.segment.datasets import Case
+from rsanet.segment.environment import describe_device
+from rsanet.segment.memory import lack_told
+from rsanet.segment.segmenter import Segmenter, Window
+from rsanet.segment.words import sizes
+
+Model: TypeAlias = str | os.PathLike | Segmenter
+Spacing: TypeAlias = tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case that was read, ready for the networks.
+
+    Attributes:
+        case: the images, in the order of the first model's contrasts.
+        grid: the first image, for its grid and header; its voxels are not in memory.
+        volumes: by the voxel size that models want, ``image`` ``(C, D, H, W)`` and the transform that made it.
+        seconds: time that reading took.
+    """
+
+    case: Case
+    grid: nib.Nifti1Image
+    volumes: Mapping[Spacing, tuple[MetaTensor, Compose]]
+    seconds: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels of the first image."""
+        return self.grid.shape[:3]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Models whose probabilities are averaged; one alone is an ensemble, too.
+
+    Args:
+        members: models of the same contrasts, each in its own order, with its own window and voxel size.
+
+    Raises:
+        ValueError: the models take different contrasts.
+    """
+
+    members: tuple[Segmenter, ...]
+
+    def __post_init__(self) -> None:
+        for member in self.members[1:]:
+            if set(member.contrasts) != set(self.contrasts):
+                raise ValueError(
+                    f"{member.name} takes {' '.join(member.contrasts)}, but {self.members[0].name} takes "
+                    f"{' '.join(self.contrasts)}: give models of the same contrasts to --ensemble."
+                )
+
+    @classmethod
+    def load(cls, models: Model | Sequence[Model], **inference: Any) -> "Ensemble":
+        """Loads what is not loaded yet.
+
+        Args:
+            models: run folders, model files, or loaded models; one or several.
+            inference: see `Segmenter.load`; for models that are to be loaded.
+        """
+        if isinstance(models, (str, os.PathLike, Segmenter)):
+            models = [models]
+        if inference and any(isinstance(model, Segmenter) for model in models):
+            raise ValueError(f"{', '.join(inference)}: give these to Segmenter.load, which made the model.")
+        return cls(
+            tuple(model if isinstance(model, Segmenter) else Segmenter.load(model, **inference) for model in models)
+        )
+
+    @property
+    def contrasts(self) -> tuple[str, ...]:
+        """The images it takes, in the order they are to be given in."""
+        return self.members[0].contrasts
+
+    def describe(self, ready: Prepared | None = None, windows: Sequence[Window] | None = None) -> str:
+        """The first line of a prediction.
+
+        Args:
+            ready: the case, where there is only one.
+            windows: its windows.
+        """
+        first = self.members[0]
+        words = [describe_device(first.device)]
+        words.append(f"attention backend {self.backend([window.size for window in windows or ()])}")
+        words.append(f"precision {first.precision}")
+        if ready is not None:
+            words.append(f"images {sizes(ready.shape)}")
+        if len(self.members) > 1:
+            words.append(f"mean of {len(self.members)} models")
+        if first.flips:
+            words.append("mean of 8 mirror images")
+        if windows is None:
+            whole = "the whole brain where it fits, else " if first.whole_brain else ""
+            seen = [whole + sizes(member.roi) for member in self.members]
+        else:
+            seen = [window.words for window in windows]
+        return f"{', '.join(words)}, window {' and '.join(dict.fromkeys(seen))}."
+
+    def backend(self, windows: Sequence[Sequence[int]] = ()) -> str:
+        """Names of the attention backends that run the models' windows."""
+        windows = windows or [member.roi for member in self.members]
+        pairs = zip(self.members, windows, strict=True)
+        return "+".join(dict.fromkeys(member.backend(window) for member, window in pairs))
+
+    def prepare(self, case: Case) -> Prepared:
+        """Reads a case; contrasts on other grids are brought to the first one's.
+
+        Raises:
+            ValueError: an image is missing or cannot serve.
+            OSError: an image cannot be read.
+        """
+        started = time.perf_counter()
+        case = Case(case.id, self.members[0].images_of(case), case.mask)
+        volumes = {}
+        with lack_told(case.id, "leave fewer other programs running"):
+            for spacing in dict.fromkeys(member.spacing for member in self.members):
+                transform = preprocessing(spacing)
+                volumes[spacing] = transform(Case(case.id, case.images))["image"], transform
+        first = case.images[self.contrasts[0]]
+        grid = first if isinstance(first, SpatialImage) else nib.load(first)
+        if not isinstance(grid, nib.Nifti1Image):
+            grid = nib.Nifti1Image.from_image(grid)
+        return Prepared(case, grid, volumes, time.perf_counter() - started)
+
+    def windows(self, ready: Prepared) -> list[Window]:
+        """The window of each model for a case."""
+        return [member.window_for(ready.volumes[member.spacing][0].shape[1:]) for member in self.members]
+
+    @torch.inference_mode()
+    def probability(self, ready: Prepared, windows: Sequence[Window], *, progress: bool = False) -> np.ndarray:
+        """Mean probability of lesion on the grid of the case's first image.
+
+        Args:
+            ready: the case.
+            windows: the window of each model.
+            progress: whether to draw a bar over the windows on stderr.
+
+        Returns:
+            ``(X, Y, Z)``, float32; zero where the models saw no tissue.
+
+        Raises:
+            ValueError: a model gives probabilities that are not numbers, or the memory does not suffice.
+        """
+        total: np.ndarray | None = None
+        for spacing, (image, transform) in ready.volumes.items():
+            mean: Tensor | None = None
+            for member, window in zip(self.members, windows, strict=True):
+                if member.spacing != spacing:
+                    continue
+                order = [self.contrasts.index(name) for name in member.contrasts]
+                volume = image.as_tensor()
+                volume = volume if order == sorted(order) else volume[order]
+                with lack_told(f"{ready.case.id} ({sizes(ready.shape)})", "give a smaller --roi, no --whole-brain"):
+                    found = member.probability(volume, window.size, progress=progress)
+                if not torch.isfinite(found).all():
+                    raise ValueError(
+                        f"{member.name} gives {ready.case.id} probabilities that are NaN: its weights do not fit "
+                        "these images, or are spoiled; try --precision fp32, or train again."
+                    )
+                mean = found if mean is None else mean.add_(found)
+            restored = restore_grid(mean, image, transform)
+            total = restored if total is None else total + restored
+        return total / len(self.members) if len(self.members) > 1 else total
+
+
+def restore_grid(volume: Tensor, image: MetaTensor, transform: Compose) -> np.ndarray:
+    """Takes ``(1, D, H, W)`` from the prepared grid of ``image`` back to the grid of its file."""
+    invert = Invertd("volume", transform, orig_keys="image", nearest_interp=False)
+    return invert({"image": image, "volume": MetaTensor(volume)})["volume"][0].numpy()
