@@ -55,6 +55,8 @@ def predict(
     for given, option in ((split, "--split"), (resume, "--resume")):
         if given and not data:
             raise typer.BadParameter("this is for a cohort: give --data.", param_hint=option)
+    if resume and overwrite:
+        raise typer.BadParameter("the one keeps what the other replaces: give one.", param_hint="--resume, --overwrite")
     models = [model, *(ensemble or [])]
     written = {
         "threshold": threshold,
