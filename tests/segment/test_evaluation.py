@@ -197,16 +197,16 @@ def test_a_summary_leaves_out_nan_and_says_how_many_are_left():
     summary = summarize([1.0, math.nan, 3.0, 8.0])
     assert (summary.n, summary.mean, summary.deviation) == (3, 4, pytest.approx(math.sqrt(13)))
     assert 1 <= summary.low < 4 < summary.high <= 8
-    assert summarize([1.0, math.nan, 3.0, 8.0]) == summary, "the same on every run"
     alone = summarize([2.0])
     assert (alone.n, alone.mean) == (1, 2)
     assert all(math.isnan(value) for value in (alone.deviation, alone.low, alone.high, summarize([math.nan]).mean))
 
 
-def test_the_bootstrap_interval_is_that_of_scipy():
+def test_the_bootstrap_interval_is_that_of_scipy_and_the_same_on_every_run():
     values = np.random.default_rng(3).gamma(2.0, size=40)
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=5000).confidence_interval
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=50_000).confidence_interval
     assert bootstrap_interval(values) == pytest.approx(tuple(theirs), abs=0.03)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
 
 
 def test_csv_and_json_hold_the_numbers_and_the_protocol(cohort, tmp_path):
