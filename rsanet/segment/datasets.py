@@ -1,120 +1,110 @@
-"""Data sets on disk: readers of layouts, and what is asked of a case before it is used.
-
-A reader of a layout returns `Case` objects, complete or not; nothing after it knows a layout.
-"""
+"""Data sets: their cases in a layout that is understood, whether each can be used, and which are held out."""
 
 import json
+import os
+import re
+import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from rsanet.segment.volumes import SUFFIXES, read_image, read_mask, same_grid, stem
+from tqdm import tqdm
+
+from rsanet.segment.layouts import UNDERSTOOD, Case, canonical, read_cases, read_json
+from rsanet.segment.volumes import check_views, read_image, read_mask, same_grid
+from rsanet.segment.words import counted, sizes
 
 # The order of channels where the user names none; other contrasts follow alphabetically.
 CONTRASTS = ("FLAIR", "T1w", "T2w")
 
-
-@dataclass(frozen=True)
-class Case:
-    """One subject, or one session: an image per contrast, in channel order, and a lesion mask where there is one.
-
-    A contrast with several images is in ``several`` instead: which of them is meant is not ours to say.
-    """
-
-    id: str
-    images: dict[str, Path] = field(default_factory=dict)
-    mask: Path | None = None
-    several: dict[str, list[Path]] = field(default_factory=dict)
-
-    def pick(self, contrasts: Sequence[str]) -> dict[str, Path]:
-        """The images of some contrasts, in their order, or an error that says which one is missing."""
-        for name in contrasts:
-            if name in self.several:
-                files = ", ".join(path.name for path in self.several[name])
-                raise ValueError(f"{self.id} has several {name} images ({files}): leave one.")
-        missing = [name for name in contrasts if name not in self.images]
-        if missing or not contrasts:
-            raise ValueError(f"{self.id} has no {' and no '.join(missing) or 'images'}.")
-        return {name: self.images[name] for name in contrasts}
-
-
-def read_bids(folder: Path) -> list[Case]:
-    """Cases of ``sub-*/anat/*_CONTRAST.nii.gz``, masks in ``derivatives/*/sub-*/anat/*label-lesion*_mask.nii.gz``.
-
-    With sessions, each ``sub-*/ses-*`` is a case, likewise.
-    """
-    cases = []
-    for subject in sorted(path for path in folder.glob("sub-*") if path.is_dir()):
-        sessions = sorted(path for path in subject.glob("ses-*") if path.is_dir())
-        for place in [subject, *sessions] if (subject / "anat").is_dir() or not sessions else sessions:
-            found: dict[str, list[Path]] = {}
-            for path in sorted((place / "anat").glob("[!.]*")):
-                if path.name.endswith(SUFFIXES):
-                    found.setdefault(stem(path).rpartition("_")[2], []).append(path)
-            where = place.relative_to(folder)
-            masks = [
-                path
-                for path in sorted(folder.glob(f"derivatives/*/{where.as_posix()}/anat/*_mask.nii*"))
-                if "label-lesion" in path.name and path.name.endswith(SUFFIXES)
-            ]
-            cases.append(
-                Case(
-                    "_".join(where.parts),
-                    {name: paths[0] for name, paths in found.items() if len(paths) == 1},
-                    masks[0] if masks else None,
-                    {name: paths for name, paths in found.items() if len(paths) > 1},
-                )
-            )
-    return cases
+READERS = 4  # cases that are checked at once
 
 
 def list_cases(path: str | Path, contrasts: Sequence[str] | None = None) -> tuple[list[Case], list[str]]:
     """All the cases of a data set, complete or not.
 
     Args:
-        path: folder of the data set.
-        contrasts: the wanted contrasts in channel order; None takes every contrast that occurs.
+        path: the data set: a folder or a list of files, as `read_cases` understands them.
+        contrasts: the wanted contrasts in channel order, by any of their names; None takes every one that occurs.
 
     Returns:
         The cases, each with those of the wanted contrasts that it has, and the wanted contrasts.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: it is in no layout that is understood, or names cases twice or as no file can be named.
     """
     path = Path(path)
-    if twice := sorted({name for name in contrasts or () if list(contrasts or ()).count(name) > 1}):
+    wanted = [canonical(name) for name in contrasts or ()]
+    if twice := [name for name, times in Counter(wanted).items() if times > 1]:
         raise ValueError(f"--contrasts has {' and '.join(twice)} more than once: name each channel once.")
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder: give the folder of a cohort, with sub-*/anat/ inside.")
-    cases = read_bids(path)
+    cases = read_cases(path)
     if not cases:
-        raise ValueError(f"{path} has no cases: expected images named sub-001/anat/sub-001_FLAIR.nii.gz inside.")
-    if contrasts is None:
-        found = {name for case in cases for name in (*case.images, *case.several)}
-        contrasts = sorted(found, key=lambda name: (CONTRASTS.index(name) if name in CONTRASTS else 99, name))
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: {UNDERSTOOD}.")
+        raise ValueError(f"{path} has no cases in a layout that is understood: {UNDERSTOOD}.")
+    for case in cases:
+        check_name(case.id, path)
+    if twice := [name for name, times in Counter(case.id for case in cases).items() if times > 1]:
+        raise ValueError(f"{path} names {some(twice)} more than once: give each case its own name.")
+    found = {name for case in cases for name in (*case.images, *case.several) if name != "mask"}
+    if not found:
+        raise ValueError(f"{path} has no images of its {counted(len(cases), 'case')}: {UNDERSTOOD}.")
+    wanted = wanted or sorted(found, key=lambda name: (CONTRASTS.index(name) if name in CONTRASTS else 99, name))
     return [
-        replace(case, images={name: case.images[name] for name in contrasts if name in case.images}) for case in cases
-    ], list(contrasts)
+        replace(case, images={name: case.images[name] for name in wanted if name in case.images}) for case in cases
+    ], wanted
+
+
+def check_name(name: str, path: Path) -> None:
+    """Refuses a case whose name, which a list of anybody's may give, would lead a file written for it astray."""
+    if not name or name.startswith(".") or ".." in name or re.search(r"[/\\]", name):
+        raise ValueError(
+            f"{path} has a case named {name!r}, and files are named by it: give a name without /, \\ and '..', and "
+            "with no dot in front."
+        )
+    if not name.isprintable() or len(name.encode()) > 150:
+        raise ValueError(
+            f"{path} has a case named {name[:40]!r}, and files are named by it: give a name of up to 150 bytes of "
+            "printable characters."
+        )
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of many names."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def check_case(case: Case, contrasts: Sequence[str], *, require_mask: bool) -> None:
     """Reads every file of a case once and raises on the first that cannot serve."""
-    images = [read_image(path)[1] for path in case.pick(contrasts).values()]
+    paths = case.pick(contrasts)
+    images = {name: read_image(path)[1] for name, path in paths.items()}
+    first = contrasts[0]
+    for name in contrasts[1:]:
+        check_views(paths[first], images[first], paths[name], images[name])
     if not require_mask:
         return
-    if case.mask is None:
+    path = case.pick_mask()
+    if path is None:
         raise ValueError(f"{case.id} has no lesion mask.")
-    mask = read_mask(case.mask)[1]
-    if not same_grid(images[0], mask):
-        name, shape = contrasts[0], "×".join(map(str, mask.shape[:3]))
+    mask = read_mask(path)[1]
+    if not same_grid(images[first], mask):
         raise ValueError(
-            f"{case.mask} ({shape}) is on another grid than the {name} image "
-            f"({'×'.join(map(str, images[0].shape[:3]))}): put the contrast it was drawn on first in --contrasts."
+            f"{path} ({sizes(mask.shape[:3])}) is on another grid than the {first} image "
+            f"({sizes(images[first].shape[:3])}): put the contrast it was drawn on first in --contrasts."
         )
 
 
 def find_cases(path: str | Path, contrasts: Sequence[str] | None = None, *, require_mask: bool) -> list[Case]:
     """The cases of a data set, every file of them read and found good.
 
+    Several are read at once, and their number bounds the memory. On a terminal a bar shows how far it is.
+
     Args:
-        path: folder of the data set.
+        path: the data set, as for `list_cases`.
         contrasts: the wanted contrasts in channel order; None wants every contrast that occurs.
         require_mask: whether a case needs a lesion mask on the grid of its first contrast.
 
@@ -122,23 +112,82 @@ def find_cases(path: str | Path, contrasts: Sequence[str] | None = None, *, requ
         ValueError: naming every case that cannot serve, each with its reason.
     """
     cases, contrasts = list_cases(path, contrasts)
-    problems = []
-    for case in cases:
+
+    def problem(case: Case) -> str:
         try:
             check_case(case, contrasts, require_mask=require_mask)
         except (ValueError, OSError) as error:
-            problems.append(str(error))
+            return str(error)
+        return ""
+
+    pool = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1))
+    try:
+        bar = tqdm(pool.map(problem, cases), "check", len(cases), unit="case", delay=2, disable=not sys.stderr.isatty())
+        problems = [reason for reason in bar if reason]
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the whole cohort
     if problems:
         raise ValueError(f"{len(problems)} of {len(cases)} cases in {path} cannot be used:\n  " + "\n  ".join(problems))
     return cases
 
 
+def read_split(path: str | Path, cases: Sequence[Case], fold: int | None = None) -> dict[str, list[Case]]:
+    """Divides cases as a file says; those that it does not name are in no part.
+
+    Args:
+        path: JSON, ``{"train": [names], "validation": [names], "test": [names]}``, the last two optional; or
+            nnU-Net's ``splits_final.json``, a list of ``{"train": [names], "val": [names]}``.
+        cases: the cases of the data set.
+        fold: which entry of a list, from 0, which is also the default.
+
+    Returns:
+        The cases of ``train``, ``validation`` and ``test``, each in the order of ``cases``.
+
+    Raises:
+        ValueError: the file is something else, or names an unknown case, or one in two parts.
+    """
+    path = Path(path)
+    content = read_json(path)
+    if isinstance(content, list):
+        if not 0 <= (fold or 0) < len(content):
+            raise ValueError(
+                f"{path} has {counted(len(content), 'fold')}, counted from 0: there is no fold {fold or 0}."
+            )
+        content = content[fold or 0]
+    elif fold is not None:
+        raise ValueError(f"{path} has no folds, but one split: leave out --fold.")
+    if not isinstance(content, dict) or "train" not in content:
+        raise ValueError(f'{path} is no split: give {{"train": [names], "validation": [names], "test": [names]}}.')
+    parts: dict[str, set[str]] = {"train": set(), "validation": set(), "test": set()}
+    for key, names in content.items():
+        part = "validation" if key == "val" else key
+        if part not in parts or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path} has {key!r}: give lists of names under train, validation and test.")
+        parts[part] |= set(names)
+    times = Counter(name for names in parts.values() for name in names)
+    if unknown := sorted(times.keys() - {case.id for case in cases}):
+        raise ValueError(
+            f"{path} names {some(unknown)}, not in the data set: give some of {some([c.id for c in cases])}."
+        )
+    if twice := sorted(name for name in times if times[name] > 1):
+        raise ValueError(f"{path} has {some(twice)} in two parts: leave each in one.")
+    if not parts["train"]:
+        raise ValueError(f"{path} has no case under train: give some.")
+    return {part: [case for case in cases if case.id in names] for part, names in parts.items()}
+
+
 def is_simulated(path: str | Path) -> bool:
-    """Whether a path is in a cohort of `rsanet simulate`, by the ``dataset_description.json`` above it."""
-    path = Path(path).resolve()
+    """Whether a path is in a cohort of `rsanet simulate`, by the ``dataset_description.json`` above it.
+
+    A list of files is simulated where one of its images is.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".csv", ".tsv", ".json") or path.parent.suffix.lower() == ".json":
+        return any(is_simulated(image) for case in read_cases(path) for image in case.images.values())
+    path = path.resolve()
     for folder in (path, *path.parents):
         try:
-            description = json.loads((folder / "dataset_description.json").read_text())
+            description = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8"))
             makers = [entry["Name"] for entry in description["GeneratedBy"]]
         except (OSError, ValueError, LookupError, TypeError):
             continue  # no description here, or one that names no maker

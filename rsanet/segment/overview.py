@@ -54,7 +54,7 @@ def draw_cohort(
     chosen = choose_cases(cases, predicted, subjects)
     shown = "FLAIR" if "FLAIR" in contrasts else contrasts[0]
     views = [
-        View.of(case.pick([shown])[shown], case.mask, predicted[case.id][0], name=case.id, protocol=protocol)
+        View.of(case.pick([shown])[shown], case.pick_mask(), predicted[case.id][0], name=case.id, protocol=protocol)
         for case in chosen
     ]
     maps: dict[str, np.ndarray] = {}

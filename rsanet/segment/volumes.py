@@ -1,12 +1,43 @@
 """NIfTI volumes, read with a reason in one sentence where a file cannot serve."""
 
+import logging
+import os
 import re
+import warnings
 from pathlib import Path
+from typing import TypeAlias
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.spatialimages import SpatialImage
+from scipy import ndimage
+
+from rsanet.segment.recipe import LARGEST_VOXEL, SMALLEST_VOXEL
+from rsanet.segment.words import counted, sizes
+
+# nibabel tells of what it mends in a header on stderr, without the file's name; what matters is told below.
+nib.imageglobals.logger.setLevel(logging.ERROR)
 
 SUFFIXES = (".nii.gz", ".nii")
+
+# What to do with a file of another format, by how its name ends.
+CONVERTERS = {
+    (".mgz", ".mgh"): "mri_convert of FreeSurfer",
+    (".hdr", ".img", ".hdr.gz", ".img.gz"): "fslchfiletype NIFTI_GZ of FSL",
+    (".dcm", ".ima"): "dcm2niix",
+    (".nrrd", ".nhdr", ".mha", ".mhd", ".mnc", ".mif"): "ITK-SNAP or SimpleITK",
+}
+
+LEAST_TISSUE = 0.001  # of the voxels of an image; the head in a generous field of view takes a tenth
+LEAST_SHARED, LEAST_COVERED = 0.5, 0.1  # of a field of view; see check_views
+
+Volume: TypeAlias = str | os.PathLike | SpatialImage
+"""A NIfTI file, or an image of nibabel in memory."""
+
+
+class DataWarning(UserWarning):
+    """Something in the data that the user should know of and that stops nothing."""
 
 
 def stem(path: Path) -> str:
@@ -14,64 +45,215 @@ def stem(path: Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", path.name)
 
 
-def read_volume(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """Reads a 3-D NIfTI file, or says in one sentence why it cannot serve.
+def name_of(volume: Volume) -> str:
+    """What messages call a volume: its file, or "the image"."""
+    if isinstance(volume, SpatialImage):
+        return str(volume.get_filename() or "the image")
+    return str(volume)
+
+
+def read_volume(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """Reads a 3-D volume, or says in one sentence why it cannot serve.
+
+    Args:
+        volume: a file that ends in ``.nii`` or ``.nii.gz``, or an image of nibabel, which stays as it is.
 
     Returns:
-        The scaled voxels as float32, and the image for its affine and header.
+        The scaled voxels ``(X, Y, Z)`` as float32, NaN and infinities included, and the image for its affine and
+        header.
+
+    Raises:
+        ValueError: the file is no 3-D NIfTI volume of real numbers, or its voxels have sizes that no scan has.
+        FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: check the name of the file.")
-    if path.is_dir() or not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path} is not a NIfTI file: give a file that ends in .nii or .nii.gz.")
+    name = name_of(volume)
+    if not isinstance(volume, SpatialImage):
+        _check_file(Path(volume))
     try:
-        image = nib.load(path)
+        image = volume if isinstance(volume, SpatialImage) else _load(Path(volume))
         voxels = np.asarray(image.dataobj)
+        if not isinstance(image, nib.Nifti1Image):
+            image = nib.Nifti1Image.from_image(image)
     except PermissionError as error:
-        raise ValueError(f"{path} cannot be opened: permission denied.") from error
+        raise ValueError(f"{name} cannot be opened: permission denied.") from error
+    except MemoryError as error:
+        shape = sizes(image.shape)
+        raise ValueError(f"{name} does not fit into memory: by its header it has {shape} voxels.") from error
     except Exception as error:  # nibabel, gzip and zlib raise a dozen types for a damaged file
         reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{path} cannot be read as NIfTI: it is damaged or something else ({reason}).") from error
+        raise ValueError(f"{name} cannot be read as NIfTI: it is damaged or something else ({reason}).") from error
     while voxels.ndim > 3 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
     if voxels.ndim != 3:
-        raise ValueError(f"{path} has {voxels.ndim} dimensions {voxels.shape}: give one 3-D volume per file.")
+        raise ValueError(f"{name} has {voxels.ndim} dimensions ({sizes(voxels.shape)}): give one 3-D volume per file.")
     if voxels.size == 0:
-        raise ValueError(f"{path} has no voxels {voxels.shape}: give a volume with an extent along every axis.")
+        raise ValueError(
+            f"{name} has no voxels ({sizes(voxels.shape)}): give a volume with an extent along every axis."
+        )
     if voxels.dtype.kind not in "biuf":
-        raise ValueError(f"{path} stores {voxels.dtype} voxels: give a volume with one real number per voxel.")
-    affine = image.affine
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError(f"{path} has an affine that maps no volume to space: repair its header.")
-    voxels = voxels.astype(np.float32)
-    bad = int(np.count_nonzero(~np.isfinite(voxels)))
-    if bad:
-        raise ValueError(f"{path} has {bad} voxels that are NaN or infinite: replace them, for example by 0.")
+        raise ValueError(f"{name} stores {voxels.dtype} voxels: give a volume with one real number per voxel.")
+    _check_affine(image.affine, name)
+    _compare_forms(image, name)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which the callers look for
+        return voxels.astype(np.float32), image
+
+
+def _check_file(path: Path) -> None:
+    """Refuses what is no NIfTI file by its name or kind."""
+    wanted = "give a file that ends in .nii or .nii.gz"
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: {wanted}.")
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: check the name of the file.")
+    except PermissionError as error:  # of a folder above
+        raise ValueError(f"{path} cannot be opened: permission denied.") from error
+    if not path.name.endswith(SUFFIXES):
+        tool = next((tool for ends, tool in CONVERTERS.items() if path.name.lower().endswith(ends)), None)
+        raise ValueError(
+            f"{path} is not NIfTI: {f'convert it to .nii.gz, for example with {tool}' if tool else wanted}."
+        )
+    if not path.is_file():
+        raise ValueError(f"{path} is no ordinary file: {wanted}.")
+
+
+def _load(path: Path) -> SpatialImage:
+    """The image of a file, its voxels not read yet; of sizes of 0, which nibabel makes 1 mm, none are made up."""
+    image = nib.load(path)
+    if isinstance(image, nib.Nifti1Image) and image.header["sform_code"] == 0:
+        with nib.openers.ImageOpener(path) as file:
+            stored = type(image.header).from_fileobj(file, check=False)
+        zero = np.append(stored["pixdim"][1:4] == 0, False)
+        image.affine[:, zero] = 0
+    return image
+
+
+def _check_affine(affine: np.ndarray | None, name: str) -> None:
+    """Refuses an affine that maps voxels to no plausible place, as where a header is spoilt or not in mm."""
+    if affine is None:
+        raise ValueError(f"{name} has no affine: give it one, which maps its voxels to mm.")
+    spacing = voxel_sizes(affine)
+    if not np.isfinite(affine).all():
+        raise ValueError(f"{name} has an affine that is not finite: repair its header.")
+    if not all(SMALLEST_VOXEL <= size <= LARGEST_VOXEL for size in spacing):
+        raise ValueError(
+            f"{name} has voxels of {' × '.join(f'{size:.3g}' for size in spacing)} mm: repair its header, which must "
+            f"give sizes from {SMALLEST_VOXEL} to {LARGEST_VOXEL} mm."
+        )
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-3 * spacing.prod():
+        raise ValueError(f"{name} has an affine with axes that do not span space: repair its header.")
+
+
+def _compare_forms(image: nib.Nifti1Image, name: str) -> None:
+    """Warns where sform and qform claim to map to one space, by their code, and contradict each other.
+
+    With different codes they differ rightly: one may map to the scanner and one to a template. The sform is used.
+    """
+    sform, qform = image.header["sform_code"], image.header["qform_code"]
+    if sform != qform or sform == 0:
+        return
+    try:
+        forms = image.header.get_sform(), image.header.get_qform()
+    except nib.spatialimages.HeaderDataError:  # a qform that is none, and is not used
+        return
+    corners = _lattice(image.shape[:3], 2)
+    apart = np.linalg.norm(apply_affine(forms[0], corners) - apply_affine(forms[1], corners), axis=-1).max()
+    if apart > voxel_sizes(forms[0]).max():
+        warnings.warn(
+            f"{name}: sform and qform put its voxels up to {apart:.3g} mm apart; the sform is used.",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
+def tissue_mask(voxels: np.ndarray) -> np.ndarray:
+    """Where an image ``(X, Y, Z)`` shows tissue, not background, as booleans; its finite voxels decide.
+
+    The background of a skull-stripped or normalized image is exactly zero. Elsewhere it is air, with noise, and
+    tissue is what is brighter than a tenth of the 99th percentile.
+    """
+    finite = np.isfinite(voxels)
+    known = voxels[finite]
+    zero = voxels == 0
+    air = known.size and known.min() >= 0 and np.count_nonzero(zero) < 0.02 * known.size
+    return finite & (voxels > 0.1 * np.percentile(known, 99) if air else ~zero)
+
+
+def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """Reads a contrast, which must show a head. NaN and infinities outside the head become 0, with a `DataWarning`.
+
+    They are outside where no tissue touches them. Where they cover the faces of the volume, NaN is the mark of the
+    background, as in SPM, and they are outside unless tissue encloses them.
+
+    Returns:
+        As `read_volume`, every voxel finite.
+
+    Raises:
+        ValueError: also where the image is the same everywhere, shows next to no tissue, or has voxels in the head
+            that are NaN or infinite.
+    """
+    voxels, image = read_volume(volume)
+    name = name_of(volume)
+    bad = ~np.isfinite(voxels)
+    count = int(np.count_nonzero(bad))
+    known = voxels[~bad] if count else voxels
+    if known.size == 0 or known.min() == known.max():
+        value = f"{known.flat[0]:g}" if known.size else "NaN or infinite"
+        also = ", NaN or infinite" if count and known.size else ""
+        raise ValueError(f"{name} is empty: every voxel is {value}{also}.")
+    shown = tissue_mask(voxels)
+    if np.count_nonzero(shown) < LEAST_TISSUE * shown.size:
+        raise ValueError(
+            f"{name} shows no head: all but {counted(int(np.count_nonzero(shown)), 'voxel')} of {shown.size} are "
+            "background."
+        )
+    if count:
+        if _in_head(bad, shown):
+            raise ValueError(
+                f"{name} has {counted(count, 'voxel')} that {'is' if count == 1 else 'are'} NaN or infinite, within "
+                "the head: replace them, for example by the mean of those around."
+            )
+        warnings.warn(
+            f"{name}: {counted(count, 'voxel')} outside the head {'was' if count == 1 else 'were'} NaN or infinite, "
+            "and read as 0.",
+            DataWarning,
+            stacklevel=2,
+        )
+        voxels[bad] = 0
     return voxels, image
 
 
-def read_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """Reads a contrast, which must not be the same everywhere."""
-    voxels, image = read_volume(path)
-    if voxels.min() == voxels.max():
-        raise ValueError(f"{path} is empty: every voxel is {voxels.flat[0]:g}.")
-    return voxels, image
+def _in_head(bad: np.ndarray, shown: np.ndarray) -> bool:
+    """Whether bad voxels ``(X, Y, Z)`` are in a head, of which the others show the tissue."""
+    faces = [bad.take(end, axis).ravel() for axis in range(3) for end in (0, -1)]
+    if np.concatenate(faces).mean() > 0.9:
+        return bool((ndimage.binary_fill_holes(~bad) & bad).any())
+    return bool((ndimage.binary_dilation(shown, np.ones((3, 3, 3))) & bad).any())
 
 
-def read_mask(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+def read_mask(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
     """Reads a binary mask: 0 and one other number, whichever it is.
 
     Returns:
         The voxels as booleans, and the image for its affine and header.
+
+    Raises:
+        ValueError: also where the voxels are anything else, NaN and infinities included.
     """
-    voxels, image = read_volume(path)
+    voxels, image = read_volume(volume)
+    name = name_of(volume)
     mask = voxels != 0
     labels = np.unique(voxels[mask])
+    if not np.isfinite(labels).all():
+        bad = int(np.count_nonzero(~np.isfinite(voxels)))
+        raise ValueError(
+            f"{name} is not a binary mask: {counted(bad, 'voxel')} {'is' if bad == 1 else 'are'} NaN or infinite; "
+            "make each 0 or 1."
+        )
     if labels.size > 1 or (labels < 0.5).any():
         some = ", ".join(f"{label:g}" for label in labels[:3])
         raise ValueError(
-            f"{path} is not a binary mask: besides 0 it has {some}{', ...' if labels.size > 3 else ''}; "
+            f"{name} is not a binary mask: besides 0 it has {some}{', ...' if labels.size > 3 else ''}; "
             "cut a probability map at a threshold, or keep one label, first."
         )
     return mask, image
@@ -80,3 +262,38 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
 def same_grid(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
     """Whether two images have the same voxels in space, by their headers, to a thousandth of a mm."""
     return one.shape[:3] == other.shape[:3] and np.allclose(one.affine, other.affine, rtol=0, atol=1e-3)
+
+
+def share_inside(one: nib.Nifti1Image, other: nib.Nifti1Image) -> float:
+    """The share of an image's field of view that another covers, from 0 to 1, by their headers; no voxel is read."""
+    points = apply_affine(np.linalg.inv(other.affine) @ one.affine, _lattice(one.shape[:3], 16))
+    return float(((points >= -0.5) & (points <= np.array(other.shape[:3]) - 0.5)).all(-1).mean())
+
+
+def check_views(first: Volume, one: nib.Nifti1Image, second: Volume, other: nib.Nifti1Image) -> None:
+    """Refuses two contrasts of a subject that do not show the same part of space.
+
+    One may be cropped to the brain, and then lies within the other; but a shift between headers leaves both half
+    uncovered, and a thin slab leaves next to nothing of the other covered.
+
+    Args:
+        first: the contrast that gives the grid, for its name.
+        one: what was read of it.
+        second: another contrast, for its name.
+        other: what was read of it.
+
+    Raises:
+        ValueError: the fields of view hardly overlap, by their headers.
+    """
+    covered = share_inside(one, other)
+    if covered < LEAST_COVERED or max(covered, share_inside(other, one)) < LEAST_SHARED:
+        raise ValueError(
+            f"{name_of(second)} covers {100 * covered:.0f} % of the field of view of {name_of(first)} by their "
+            "headers: register one to the other, or repair the headers."
+        )
+
+
+def _lattice(shape: tuple[int, ...], most: int) -> np.ndarray:
+    """Voxel coordinates ``(points, 3)`` spread evenly over a grid, corners included, at most so many along an axis."""
+    axes = [np.linspace(0, size - 1, max(1, min(size, most))) for size in shape]
+    return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)

@@ -1,0 +1,319 @@
+import json
+
+import numpy as np
+import pytest
+
+from rsanet.segment.datasets import find_cases, is_simulated, list_cases
+
+
+@pytest.fixture
+def put(tmp_path, phantoms):
+    """Writes small volumes at paths below a folder, and texts as they are."""
+
+    def write(*names, content=None):
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if content is None:
+                phantoms.save(path, np.ones((2, 2, 2)))
+            else:
+                path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return tmp_path / names[0]
+
+    return write
+
+
+def found(path, root, contrasts=None):
+    """The cases by name, with their files relative to a folder; a mask under ``mask``."""
+    cases, _ = list_cases(path, contrasts)
+    return {
+        case.id: {name: file.relative_to(root).as_posix() for name, file in case.images.items()}
+        | ({"mask": case.mask.relative_to(root).as_posix()} if case.mask else {})
+        for case in cases
+    }
+
+
+def refused(path, match, kind=ValueError):
+    with pytest.raises(kind, match=match) as error:
+        list_cases(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- BIDS ---------------------------------------------------------------------------------------------------
+
+
+def test_every_session_is_a_case_with_its_own_mask(tmp_path, phantoms):
+    images, lesions = phantoms.make_subject(1)
+    for name in ("sub-006/ses-01", "sub-006/ses-02", "sub-007"):
+        key = name.replace("/", "_")
+        phantoms.save(tmp_path / name / "anat" / f"{key}_FLAIR.nii.gz", images["FLAIR"])
+        mask = tmp_path / "derivatives" / "lesions" / name / "anat" / f"{key}_label-lesion_mask.nii.gz"
+        phantoms.save(mask, lesions)
+    cases = find_cases(tmp_path, require_mask=True)
+    assert [case.id for case in cases] == ["sub-006_ses-01", "sub-006_ses-02", "sub-007"]
+    for case in cases:
+        assert case.images["FLAIR"].name == f"{case.id}_FLAIR.nii.gz"
+        assert case.mask.name == f"{case.id}_label-lesion_mask.nii.gz"
+
+
+def test_two_images_of_one_contrast_are_a_bad_case(tmp_path, phantoms):
+    root = phantoms.write_cohort(tmp_path, 2)
+    first = phantoms.image_path(root, "sub-002")
+    first.rename(first.with_name("sub-002_run-1_FLAIR.nii.gz"))
+    phantoms.save(first.with_name("sub-002_run-2_FLAIR.nii.gz"), phantoms.make_subject(9)[0]["FLAIR"])
+    with pytest.raises(ValueError, match=r"1 of 2 cases .*\n  sub-002 has several FLAIR images \(.*run-1.*run-2"):
+        find_cases(root, require_mask=True)
+    assert len(find_cases(root, ["T1w"], require_mask=True)) == 2
+
+
+def test_two_masks_of_one_subject_are_a_bad_case_where_masks_are_needed(tmp_path, phantoms):
+    root = phantoms.write_cohort(tmp_path, 2)
+    other = root / "derivatives" / "rater2" / "sub-002" / "anat" / "sub-002_label-lesion_mask.nii.gz"
+    phantoms.save(other, phantoms.make_subject(2)[1])
+    with pytest.raises(ValueError, match=r"1 of 2 cases .*\n  sub-002 has several lesion masks \(.*lesions.*rater2"):
+        find_cases(root, require_mask=True)
+    assert len(find_cases(root, require_mask=False)) == 2
+
+
+def test_what_is_no_scan_in_a_bids_folder_is_no_contrast(tmp_path, put):
+    anat = "sub-1/anat/sub-1"
+    put(f"{anat}_T1w.nii.gz", f"{anat}_ce-gd_T1w.nii.gz", f"{anat}_label-brain_mask.nii.gz", f"{anat}_dseg.nii.gz")
+    put("sub-1/anat/._sub-1_T1w.nii.gz", content="of a Mac")
+    assert found(tmp_path, tmp_path) == {"sub-1": {"T1w": f"{anat}_T1w.nii.gz", "T1ce": f"{anat}_ce-gd_T1w.nii.gz"}}
+
+
+# --- nnU-Net ------------------------------------------------------------------------------------------------
+
+NNUNET = {
+    "channel_names": {"0": "flair", "1": "T1"},
+    "labels": {"background": 0, "lesion": 1},
+    "file_ending": ".nii.gz",
+}
+
+
+@pytest.mark.parametrize("key", ["channel_names", "modality"])
+def test_an_nnunet_folder_gives_its_training_set_and_imagests_the_other(tmp_path, put, key):
+    put("D/dataset.json", content={key: NNUNET["channel_names"]})
+    put("D/imagesTr/MS_1_0000.nii.gz", "D/imagesTr/MS_1_0001.nii.gz", "D/labelsTr/MS_1.nii.gz")
+    put("D/imagesTs/MS_2_0000.nii.gz", "D/imagesTs/MS_2_0001.nii.gz")
+    train = {"FLAIR": "imagesTr/MS_1_0000.nii.gz", "T1w": "imagesTr/MS_1_0001.nii.gz", "mask": "labelsTr/MS_1.nii.gz"}
+    test = {"FLAIR": "imagesTs/MS_2_0000.nii.gz", "T1w": "imagesTs/MS_2_0001.nii.gz"}
+    root = tmp_path / "D"
+    assert found(root, root) == found(root / "imagesTr", root) == {"MS_1": train}
+    assert found(root / "imagesTs", root) == {"MS_2": test}
+
+
+def test_an_nnunet_case_without_an_image_stays_a_case(tmp_path, put):
+    put("dataset.json", content=NNUNET)
+    put("imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "imagesTr/b_0001.nii.gz", "labelsTr/c.nii.gz")
+    assert list(found(tmp_path, tmp_path)) == ["a", "b", "c"]
+    with pytest.raises(
+        ValueError, match=r"3 of 3 cases.*\n.*a_0000.*\n  b has no FLAIR\.\n  c has no FLAIR and no T1w\."
+    ):
+        find_cases(tmp_path, require_mask=False)
+
+
+def test_a_single_channel_needs_no_number(tmp_path, put):
+    put("dataset.json", content={"modality": {"0": "FLAIR"}})
+    put("imagesTr/a.nii.gz")
+    assert found(tmp_path, tmp_path) == {"a": {"FLAIR": "imagesTr/a.nii.gz"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{}", "names no channels"),
+        ('{"channel_names": {"0": "FLAIR"}}', r"a_0001\.nii\.gz is no channel .*: end its name in _0000\."),
+        ('{"channel_names": {"0": "T1", "1": "t1w"}}', "several channels named T1w"),
+        ('{"channel_names": {"a": "T1"}}', r"names its channels \{'a': 'T1'\}"),
+        ('{"channel_names": {"0": 3}}', "names its channels"),
+        ('{"channel', "not JSON: .* in line 1"),
+        ("[]", "names no channels"),
+    ],
+)
+def test_a_description_that_does_not_fit_the_images_is_refused(tmp_path, put, content, reason):
+    put("dataset.json", content=content)
+    put("imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz")
+    assert "dataset.json" in refused(tmp_path, reason)
+
+
+# --- plain folders ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["mask", "lesions", "Lesion_Mask", "label", "consensus_gt", "manual", "seg", "P1_seg"])
+def test_a_folder_per_subject_is_read_by_the_words_of_its_file_names(tmp_path, put, mask):
+    put("P1/FLAIR.nii.gz", "P1/P1_t1.nii", "P1/T2W.nii.gz", "P1/pd.nii.gz", "P1/T1GD.nii.gz", f"P1/{mask}.nii.gz")
+    put("P1/brain_mask.nii.gz", "P1/wm_seg.nii.gz", "P1/lesion_prob.nii.gz", "P1/other.nii.gz")
+    put("docs/read.me", content="")
+    assert found(tmp_path, tmp_path) == {
+        "P1": {
+            "FLAIR": "P1/FLAIR.nii.gz",
+            "T1w": "P1/P1_t1.nii",
+            "T2w": "P1/T2W.nii.gz",
+            "PDw": "P1/pd.nii.gz",
+            "T1ce": "P1/T1GD.nii.gz",
+            "mask": f"P1/{mask}.nii.gz",
+        }
+    }
+
+
+def test_a_flat_folder_is_grouped_by_what_stands_before_the_contrast(tmp_path, put):
+    put("Müller 1_FLAIR.nii.gz", "Müller 1_T1w.nii", "Müller 1_FLAIR_mask.nii.gz")
+    put("P2_T1_FLAIR_pp.nii.gz", "P2_T1_T1.nii.gz", "P2_T1_MASK.nii.gz")  # T1 is a time point
+    assert found(tmp_path, tmp_path) == {
+        "Müller 1": {"FLAIR": "Müller 1_FLAIR.nii.gz", "T1w": "Müller 1_T1w.nii", "mask": "Müller 1_FLAIR_mask.nii.gz"},
+        "P2_T1": {"FLAIR": "P2_T1_FLAIR_pp.nii.gz", "T1w": "P2_T1_T1.nii.gz", "mask": "P2_T1_MASK.nii.gz"},
+    }
+
+
+def test_the_folder_of_one_subject_is_a_case_of_its_name(tmp_path, put):
+    put("P7/FLAIR.nii.gz", "P7/mask.nii.gz")
+    assert found(tmp_path / "P7", tmp_path) == {"P7": {"FLAIR": "P7/FLAIR.nii.gz", "mask": "P7/mask.nii.gz"}}
+
+
+def test_an_image_registered_to_another_is_not_that_other(tmp_path, put):
+    put("P1/FLAIR.nii.gz", "P1/T1_to_FLAIR.nii.gz", "P1/T2_in_FLAIR.nii.gz")
+    assert list(found(tmp_path, tmp_path)["P1"]) == ["FLAIR", "T1w", "T2w"]
+
+
+def test_of_the_masks_of_several_raters_only_a_consensus_is_clear(tmp_path, put):
+    put("P1/FLAIR.nii.gz", "P1/mask1.nii.gz", "P1/mask2.nii.gz", "P1/Consensus.nii.gz")
+    put("P2/FLAIR.nii.gz", "P2/mask1.nii.gz", "P2/mask2.nii.gz")
+    cases, _ = list_cases(tmp_path)
+    assert cases[0].pick_mask().name == "Consensus.nii.gz"
+    with pytest.raises(ValueError, match=r"P2 has several lesion masks \(.*mask1.*mask2"):
+        cases[1].pick_mask()
+
+
+def test_a_subject_whose_images_have_strange_names_stays_a_case(tmp_path, put):
+    put("P1/FLAIR.nii.gz", "P2/scan.nii.gz")
+    assert found(tmp_path, tmp_path)["P2"] == {}
+
+
+def test_what_is_no_data_set_is_refused_with_what_is_understood(tmp_path, put):
+    put("a_0000.nii.gz")
+    put("b.txt", "sub-1/notes.txt", content="")
+    for path in (tmp_path, tmp_path / "b.txt", tmp_path / "a_0000.nii.gz"):
+        message = refused(path, "no cases in a layout that is understood")
+        assert all(word in message for word in ("BIDS", "nnU-Net", "SUBJECT_FLAIR", ".csv", ".json"))
+    assert "BIDS" in refused(tmp_path / "nowhere", "nowhere does not exist", FileNotFoundError)
+    put("sub-1/anat/notes.txt", content="")
+    refused(tmp_path, "has no images of its 1 case")
+
+
+# --- lists of files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_table_names_its_cases_contrasts_and_masks(tmp_path, put, start, delimiter):
+    rows = [
+        ["Subject", "flair", "t1", "MP2RAGE", "age", "Mask", "brain_mask"],
+        ["ä", "Öl 1/f.nii.gz", "../t.nii", "m.nii", "33", "m.nii.gz", "b.nii.gz"],
+        [],
+        ["b", str(tmp_path / "f.nii"), "", "", "", "", ""],
+    ]
+    path = put("lists/list.csv", content=start + "\r\n".join(delimiter.join(row) for row in rows))
+    cases, contrasts = list_cases(path)
+    assert contrasts == ["FLAIR", "T1w", "MP2RAGE"]
+    here = path.parent
+    assert cases[0].id == "ä"
+    assert cases[0].images == {"FLAIR": here / "Öl 1/f.nii.gz", "T1w": here / "../t.nii", "MP2RAGE": here / "m.nii"}
+    assert cases[0].mask == here / "m.nii.gz"
+    assert (cases[1].images, cases[1].mask) == ({"FLAIR": tmp_path / "f.nii"}, None)
+
+
+def test_a_table_without_names_takes_them_from_the_files(put):
+    path = put("list.csv", content='FLAIR\n"a,b_FLAIR.nii.gz"\nP2/FLAIR.nii\n')
+    assert [case.id for case in list_cases(path)[0]] == ["a,b", "P2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "has no rows: give a header"),
+        ("id,FLAIR\n", "has no rows"),
+        ("id,FLAIR\na,b.nii,c\n", "line 2, has 3 cells, but the header has 2"),
+        ("id,FLAIR\n\na\n", "line 3, has 1 cell, but"),
+        ('id,FLAIR\n"a,b.nii\n', "cannot be read as CSV"),
+        ("id,FLAIR\na,b.nii\nb,b.nii\na,c.nii\n", "names a more than once"),
+        ("name,age\nx,3\n", "line 2, has no image"),
+        ("id,age\nx,3\n", "has no images of its 1 case"),
+    ],
+)
+def test_a_broken_table_is_refused_in_one_sentence(put, content, reason):
+    assert "list.csv" in refused(put("list.csv", content=content), reason)
+
+
+def test_a_text_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "list.csv").write_bytes("id,FLAIR\nä,x.nii\n".encode("latin-1"))
+    refused(tmp_path / "list.csv", "not a text in UTF-8")
+
+
+@pytest.mark.parametrize("name", ["../../a", "a/b", "a\\\\b", "/a", "..", ".hidden", "a\\u0000", "a\\nb", "a" * 200])
+def test_a_name_that_would_lead_a_mask_astray_is_refused(put, name):
+    path = put("list.json", content=f'[{{"id": "{name}", "FLAIR": "x.nii"}}]')
+    refused(path, "has a case named .*, and files are named by it")
+
+
+def test_a_json_list_is_read_as_a_table_is(tmp_path, put):
+    entries = [{"id": 1, "FLAIR": "a.nii", "T1": "b.nii", "mask": "m.nii", "fold": 0}, {"id": "2", "flair": "c.nii"}]
+    path = put("list.json", content=entries)
+    assert found(path, tmp_path) == {
+        "1": {"FLAIR": "a.nii", "T1w": "b.nii", "mask": "m.nii"},
+        "2": {"FLAIR": "c.nii"},
+    }
+
+
+DATALIST = {
+    "modality": {"0": "FLAIR", "1": "T1"},
+    "training": [{"image": ["a_0.nii", "a_1.nii"], "label": "a.nii"}],
+    "validation": [{"id": "b", "image": ["b_0.nii", "b_1.nii"], "label": ["b.nii"]}],
+    "test": [{"image": ["c_FLAIR.nii", "c_T1.nii"]}],
+}
+
+
+def test_a_datalist_gives_training_and_validation_unless_a_list_is_named(tmp_path, put):
+    (tmp_path / "x").mkdir()
+    path = put("x/datalist.json", content=DATALIST)
+    cases = found(path, tmp_path / "x")
+    assert list(cases.values()) == [
+        {"FLAIR": "a_0.nii", "T1w": "a_1.nii", "mask": "a.nii"},
+        {"FLAIR": "b_0.nii", "T1w": "b_1.nii", "mask": "b.nii"},
+    ]
+    assert found(path / "test", tmp_path / "x") == {"c": {"FLAIR": "c_FLAIR.nii", "T1w": "c_T1.nii"}}
+    assert list(found(path / "validation", tmp_path / "x")) == ["b"]
+
+
+def test_a_datalist_without_channels_takes_the_contrast_from_the_file(tmp_path, put):
+    path = put("datalist.json", content={"test": ["./imagesTs/p1_flair.nii.gz"]})
+    assert found(path, tmp_path) == {"p1": {"FLAIR": "imagesTs/p1_flair.nii.gz"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "part", "reason"),
+    [
+        ('[{"id": ', "", "not JSON: .* in line 1"),
+        ("3", "", "lists no cases"),
+        ("[]", "", "lists no cases"),
+        (NNUNET, "", "lists no cases: .*of an nnU-Net data set its folder"),
+        ("[3]", "", "entry 1, is 3: give"),
+        ('[{"FLAIR": 3}]', "", "entry 1, has 3 as FLAIR: give the path"),
+        ('[{"age": 3}]', "", "entry 1, has no image"),
+        (DATALIST, "other", "has no list 'other': give one of training, validation, test"),
+        ('[{"FLAIR": "a.nii"}]', "test", "has no list 'test'"),
+        ({"one": [{"image": "a.nii"}], "two": [{"image": "a.nii"}]}, "", r"the lists one, two: name one, as in .*/one"),
+        ({"test": [{"image": "a.nii"}]}, "", "whose contrast nothing names"),
+        ({**DATALIST, "training": [{"image": "4d.nii"}]}, "", r"has 1 image, but there are 2 channels \(FLAIR, T1w\)"),
+        pytest.param("[" * 100_000, "", "nested too deeply", id="deep"),
+    ],
+)
+def test_a_broken_json_list_is_refused_in_one_sentence(put, content, part, reason):
+    assert "list.json" in refused(put("list.json", content=content) / part, reason)
+
+
+def test_a_list_of_simulated_images_is_simulated(cohort, put, phantoms):
+    image = phantoms.image_path(cohort, "sub-001")
+    assert is_simulated(put("list.csv", content=f"FLAIR\n{image}\n"))
+    assert not is_simulated(put("list.csv", content="FLAIR\nx.nii\n"))
