@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def save_model(model: RSANet, path: str | os.PathLike, extra: Mapping[str, Any] 
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent}: create it before {path.name} is saved there")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".partial-{socket.gethostname()}-{os.getpid()}-{path.name}")
     try:
         # Written here, not by the library, whose files only their owner may read.
         contents = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}

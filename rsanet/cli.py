@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from rsanet.commands.train import train
 UsageError = typer.BadParameter.__base__  # of click, or of the copy of it that newer typers bring along
 EXTRAS = {"nilearn": "demo"}  # every other optional package is in the extra "segment"
 DEBUG = "--debug"
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # of CUDA and of the CPU, in torch's words
 
 app = typer.Typer(
     name="rsanet",
@@ -72,6 +74,22 @@ def stoppable() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextmanager
+def remarked(debug: bool) -> Iterator[None]:
+    """Within it our warnings are a line each on stderr, and those of libraries are silent unless asked for."""
+    show = warnings.showwarning
+
+    def remark(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            typer.echo(f"rsanet: warning: {message}", err=True)
+        elif debug:
+            show(message, category, filename, *rest)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = remark
+        yield
+
+
 def is_ours(error: BaseException) -> bool:
     """Whether an error was raised by this project's code, with a sentence meant for the user."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -87,6 +105,8 @@ def explain(error: BaseException) -> str:
         package = error.name.partition(".")[0]
         extra = EXTRAS.get(package, "segment")
         return f'This command needs {package}, which is not installed: pip install "rsanet[{extra}]"'
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        return "There is not enough memory: give a smaller --patch, --batch or --roi, or take a larger machine."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}." if error.filename else f"{error.strerror}."
     if isinstance(error, (ValueError, RuntimeError, OSError)) and is_ours(error):
@@ -106,7 +126,7 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else list(args)
     try:
-        with stoppable():
+        with stoppable(), remarked(DEBUG in args):
             status = app([arg for arg in args if arg != DEBUG], standalone_mode=False) or 0
     except Stopped as stopped:
         interrupted = stopped.signum == signal.SIGINT

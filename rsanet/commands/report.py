@@ -21,7 +21,7 @@ def report(
     """Draw predictions beside their references, and the model's attention maps."""
     from rsanet.segment import files, metrics
     from rsanet.segment.overview import draw_cohort
-    from rsanet.segment.prediction import Segmenter
+    from rsanet.segment.segmenter import Segmenter
 
     files.check_writable(out)
     chosen = metrics.choose_protocol(protocol)

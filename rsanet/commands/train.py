@@ -1,72 +1,71 @@
 """`rsanet train`."""
 
-import signal
+import inspect
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from rsanet.commands.common import DEFAULTS, Device, PrecisionName, Stopped
-from rsanet.segment.recipe import ATTENTIONS, Recipe, triple
+from rsanet.commands.common import DEFAULTS, Stopped
+from rsanet.segment.recipe import Recipe, settings
 
 
 def train(
-    data: Annotated[Path, typer.Argument(help="Folder of a cohort with lesion masks.")],
+    ctx: typer.Context,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="The cohort with lesion masks: a BIDS or nnU-Net folder, a folder per subject, a CSV or a JSON list."
+        ),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder to create.")],
-    contrasts: Annotated[
-        list[str] | None,
-        typer.Option(help="Contrasts in channel order, e.g. FLAIR T1w; by default all there are."),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in this folder.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings from the config.yaml of a run; options given here come before it.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
-    patch: Annotated[
-        list[int] | None, typer.Option(help="Patch in voxels, one number or three along z, y, x (64).")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Patches per step.")] = DEFAULTS.batch,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = DEFAULTS.lr,
-    channels: Annotated[
-        list[int] | None, typer.Option(help="Widths of the levels, the finest first (32 64 128 256 512).")
-    ] = None,
-    attention: Annotated[str, typer.Option(help=f"{', '.join(ATTENTIONS)}.")] = DEFAULTS.attention,
-    attention_scale: Annotated[
-        float, typer.Option(help="Factor on the attention's logits; 1 is as published, less is more graded.")
-    ] = DEFAULTS.attention_scale,
-    dropout: Annotated[float, typer.Option(help="Dropout probability.")] = DEFAULTS.dropout,
-    spacing: Annotated[
-        list[float] | None,
-        typer.Option(help="Resample to this voxel size in mm, one number or three along z, y, x."),
-    ] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of the cases held out; 0 for none.")] = 0.2,
-    validate_every: Annotated[int | None, typer.Option(help="Steps between validations (a fifth of all).")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same weights on a CPU.")] = DEFAULTS.seed,
-    precision: PrecisionName = DEFAULTS.precision,
-    device: Device = DEFAULTS.device,
-    workers: Annotated[int, typer.Option(help="Processes that prepare patches.")] = DEFAULTS.workers,
+    **options: Any,
 ) -> None:
-    """Train a network; the run folder gets model.safetensors, config.json and log.csv."""
-    recipe = Recipe(
-        steps=steps,
-        patch=triple(patch, "--patch") if patch else DEFAULTS.patch,
-        batch=batch,
-        lr=lr,
-        channels=tuple(channels) if channels else DEFAULTS.channels,
-        attention=attention,
-        attention_scale=attention_scale,
-        dropout=dropout,
-        spacing=triple(spacing, "--spacing") if spacing else None,
-        val_fraction=val_fraction,
-        validate_every=validate_every,
-        seed=seed,
-        precision=precision,
-        device=device,
-        workers=workers,
-    )
-    from rsanet.segment.training import MODEL_NAME, train
+    """Train a network; the run folder gets its weights, settings, log, curve and checkpoint."""
+    if resume and config:
+        raise typer.BadParameter("a run that is resumed has its settings: leave --config out.", param_hint="--config")
+    given = {name: value for name, value in options.items() if ctx.get_parameter_source(name).name == "COMMANDLINE"}
+    Recipe(**given)  # a bad option is named before anything heavy is imported
+    from rsanet.segment.runs import Run, read_recipe
+    from rsanet.segment.training import leads, train
 
+    run = Run(out)
+    base = read_recipe(config) if config else DEFAULTS
+    if resume and run.config.is_file():
+        base = read_recipe(run.config)
     try:
-        model = train(data, out, recipe, contrasts)
-    except (Stopped, SystemExit) as end:
-        stopped = end if isinstance(end, Stopped) else Stopped(signal.SIGTERM)  # Lightning was first
-        kept = out / MODEL_NAME
-        stopped.left = f" {kept} has the weights saved last." if kept.is_file() else f" {out} has no weights yet."
-        raise stopped from None
-    typer.echo(f"The model is {model}.")
+        model = train(data, out, replace(base, **given), resume=resume)
+    except Stopped as stopped:
+        kept = f"{run.checkpoint}: give --resume to go on." if run.checkpoint.is_file() else None
+        stopped.left = f" The run is kept in {kept}" if kept else f" {out} has no checkpoint yet."
+        raise
+    if leads():
+        typer.echo(f"The model is {model}.")
+
+
+def _option(name: str, annotation: Any) -> inspect.Parameter:
+    """A setting of the recipe as an option; several values are a list on a command line."""
+    kind, words = get_args(annotation)
+    kinds = get_args(kind) if NoneType in get_args(kind) else (kind,)
+    listed = tuple(list[get_args(each)[0]] if get_origin(each) is tuple else each for each in kinds)  # type: ignore[misc]
+    kind = listed[0] if len(listed) == 1 else listed[0] | None
+    default = getattr(DEFAULTS, name)
+    default = list(default) if isinstance(default, tuple) else default
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=words)]
+    )
+
+
+def _with_settings() -> inspect.Signature:
+    """The signature that the command line shows: one option for each setting of a `Recipe`."""
+    own = [entry for entry in inspect.signature(train).parameters.values() if entry.name != "options"]
+    return inspect.Signature([*own, *(_option(name, annotation) for name, annotation in settings().items())])
+
+
+train.__signature__ = _with_settings()

@@ -12,13 +12,19 @@ from monai.transforms import (
     CropForegroundd,
     EnsureTyped,
     FgBgToIndicesd,
+    Lambdad,
     Orientationd,
+    Rand3DElasticd,
+    RandAdjustContrastd,
     RandAffined,
+    RandBiasFieldd,
     RandCropByPosNegLabeld,
     RandFlipd,
     RandGaussianNoised,
+    RandGaussianSmoothd,
     RandScaleIntensityd,
     RandShiftIntensityd,
+    RandSimulateLowResolutiond,
     SelectItemsd,
     Spacingd,
     SpatialPadd,
@@ -27,26 +33,36 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from rsanet.segment.datasets import Case
-from rsanet.segment.volumes import read_image, read_mask, same_grid
+from rsanet.segment.layouts import Case
+from rsanet.segment.volumes import check_views, read_image, read_mask, same_grid, tissue_mask
 
 # Stored as (z, y, x), the network's axis names are anatomically true: "axial" runs from inferior to superior.
 ORIENTATION = "SAR"
 
+ALIKE = 0.05  # voxel sizes that differ by less are one
+CENTRES = 20_000  # of patches without lesion that a case offers; every voxel would take more memory than its image
+
+
+def voxel_size(image: nib.Nifti1Image) -> np.ndarray:
+    """Voxel size in mm along z, y and x, whatever the order in which the file stores its axes."""
+    turned = nib.io_orientation(image.affine)[:, 0].astype(int)
+    size = np.empty(3)
+    size[turned] = nib.affines.voxel_sizes(image.affine)
+    return size[::-1]
+
+
+def common_spacing(cases: Sequence[Case]) -> tuple[float, float, float] | None:
+    """The voxel size to bring cases to: None where all have about the same, else the median along each axis."""
+    found = np.array([voxel_size(nib.load(next(iter(case.images.values())))) for case in cases])
+    median = np.median(found, axis=0)
+    if (np.abs(found / median - 1) < ALIKE).all():
+        return None
+    return tuple(float(f"{size:.4g}") for size in median)
+
 
 def foreground(image: Tensor) -> Tensor:
-    """Where each channel of ``(C, D, H, W)`` shows tissue, not background.
-
-    The background of a skull-stripped or normalized image is exactly zero. Elsewhere it is air, with noise, and
-    tissue is what is brighter than a tenth of the 99th percentile.
-    """
-    masks = []
-    for channel in image:
-        voxels = np.asarray(channel)
-        zero = voxels == 0
-        air = voxels.min() >= 0 and zero.mean() < 0.02
-        masks.append(torch.from_numpy(voxels > 0.1 * np.percentile(voxels, 99) if air else ~zero))
-    return torch.stack(masks)
+    """Where each channel of ``(C, D, H, W)`` shows tissue, not background."""
+    return torch.stack([torch.from_numpy(tissue_mask(np.asarray(channel))) for channel in image])
 
 
 class Preparation(Compose):
@@ -73,12 +89,14 @@ class LoadCase(Transform):
         """Contrasts on other grids are resampled, by their headers."""
         volumes: list[Tensor] = []
         grid: nib.Nifti1Image | None = None
+        first = next(iter(case.images.values()), None)
         for path in case.images.values():
             voxels, image = read_image(path)
             volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(image.affine))
             if grid is None:
                 grid = image
             elif not same_grid(grid, image):
+                check_views(first, grid, path, image)
                 volume = SpatialResample(mode="bilinear", padding_mode="zeros")(
                     volume, dst_affine=torch.from_numpy(grid.affine), spatial_size=grid.shape[:3]
                 )
@@ -130,39 +148,50 @@ def preprocessing(spacing: Sequence[float] | None = None) -> Preparation:
     return Preparation(steps)
 
 
-def training_transforms(patch: Sequence[int], spacing: Sequence[float] | None = None) -> Preparation:
-    """Preprocessing, which a cache keeps, and then one random patch with light augmentation."""
-    keys, modes = ("image", "mask"), ("bilinear", "nearest")
+def preparing_to_train(spacing: Sequence[float] | None = None) -> Preparation:
+    """What a cache keeps of a `Case`: ``image``, ``mask``, and where a patch may be centred on lesion and elsewhere."""
     return Preparation(
         [
             *preprocessing(spacing).transforms,
-            SpatialPadd(keys, patch),
+            EnsureTyped(("image", "mask"), track_meta=False),
             FgBgToIndicesd("mask", image_key="image"),
-            EnsureTyped(keys, track_meta=False),
-            RandCropByPosNegLabeld(
-                keys,
-                "mask",
-                patch,
-                pos=1,
-                neg=1,
-                fg_indices_key="mask_fg_indices",
-                bg_indices_key="mask_bg_indices",
-            ),
-            SelectItemsd((*keys, "case")),
-            *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
-            RandAffined(
-                keys,
-                prob=0.2,
-                rotate_range=(0.2, 0.2, 0.2),
-                scale_range=(0.1, 0.1, 0.1),
-                mode=modes,
-                padding_mode="border",
-            ),
-            RandScaleIntensityd("image", factors=0.1, prob=0.5, channel_wise=True),
-            RandShiftIntensityd("image", offsets=0.1, prob=0.5, channel_wise=True),
-            RandGaussianNoised("image", prob=0.2, std=0.1),
+            Lambdad("mask_bg_indices", lambda indices: indices[:: max(1, len(indices) // CENTRES)]),
         ]
     )
+
+
+def patch_transforms(patch: Sequence[int], *, augment: bool = True) -> Preparation:
+    """One random patch of a prepared volume, half of them centred on a lesion, with augmentation."""
+    keys = ("image", "mask")
+    steps: list[Transform] = [
+        RandCropByPosNegLabeld(
+            keys,
+            "mask",
+            patch,
+            pos=1,
+            neg=1,
+            fg_indices_key="mask_fg_indices",
+            bg_indices_key="mask_bg_indices",
+            allow_smaller=True,
+        ),
+        SpatialPadd(keys, patch),
+        SelectItemsd((*keys, "case")),
+    ]
+    if augment:
+        resampled: dict[str, Any] = {"mode": ("bilinear", "nearest"), "padding_mode": "reflection"}
+        steps += [
+            *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
+            RandAffined(keys, prob=0.2, rotate_range=(0.3,) * 3, scale_range=(0.15,) * 3, **resampled),
+            Rand3DElasticd(keys, prob=0.1, sigma_range=(4, 6), magnitude_range=(30, 100), **resampled),
+            RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0)),
+            RandGaussianSmoothd("image", prob=0.1, sigma_x=(0.4, 1.0), sigma_y=(0.4, 1.0), sigma_z=(0.4, 1.0)),
+            RandBiasFieldd("image", prob=0.15, coeff_range=(0.0, 0.2)),
+            RandScaleIntensityd("image", factors=0.1, prob=0.5, channel_wise=True),
+            RandShiftIntensityd("image", offsets=0.1, prob=0.5, channel_wise=True),
+            RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
+            RandGaussianNoised("image", prob=0.2, std=0.1),
+        ]
+    return Preparation([*steps, EnsureTyped(keys, track_meta=False)])
 
 
 def validation_transforms(spacing: Sequence[float] | None = None) -> Preparation:

@@ -9,8 +9,8 @@ import numpy as np
 from rsanet.segment.datasets import Case, is_simulated, list_cases
 from rsanet.segment.evaluation import find_masks
 from rsanet.segment.metrics import PROTOCOLS, Protocol
-from rsanet.segment.prediction import Segmenter
 from rsanet.segment.report import View, draw_report
+from rsanet.segment.segmenter import Segmenter
 
 SUBJECTS = 3  # rows of a picture that still reads at a glance
 

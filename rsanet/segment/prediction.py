@@ -17,11 +17,9 @@ from rsanet.segment.ensemble import Ensemble, Model, Prepared
 from rsanet.segment.files import check_new, remove_stale, written_beside
 from rsanet.segment.metrics import label_lesions
 from rsanet.segment.report import draw_overlay
-from rsanet.segment.segmenter import MODEL_NAME, Segmenter, Window, lesion_probability
+from rsanet.segment.segmenter import Window
 from rsanet.segment.volumes import SUFFIXES, read_image, stem
 from rsanet.segment.words import counted
-
-__all__ = ["MODEL_NAME", "Options", "Prediction", "Segmenter", "lesion_probability", "predict", "predict_case"]
 
 
 @dataclass(frozen=True)

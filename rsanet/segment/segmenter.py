@@ -30,9 +30,9 @@ from rsanet.segment.memory import SHARE, forward_bytes
 from rsanet.segment.metrics import label_lesions
 from rsanet.segment.processes import own_device
 from rsanet.segment.recipe import triple
+from rsanet.segment.runs import MODEL_NAME
 from rsanet.segment.words import sizes
 
-MODEL_NAME = "model.safetensors"
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".bin")  # PyTorch's, which may run code when they are opened
 WINDOWS = 2  # per pass; see below why not one
 NARROW = 20480  # torch takes its slow kernel for a lone volume with up to so many channels × depth × height

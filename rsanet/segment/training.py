@@ -1,59 +1,62 @@
 """Training a lesion segmentation network: one call, one run folder."""
 
-import json
 import logging
 import math
-import random
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from monai.data import CacheDataset, DataLoader, list_data_collate
-from monai.losses import DiceCELoss
-from torch import Tensor
-from torch.utils.data import RandomSampler
+from lightning.fabric import Fabric
+from lightning.fabric.utilities import rank_zero_only
+from monai.data import CacheDataset
+from monai.losses import DiceCELoss, DiceFocalLoss, TverskyLoss
+from monai.transforms import Compose
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rsanet.checkpoints import save_model
 from rsanet.network import RSANet
-from rsanet.segment.data import training_transforms, validation_transforms
-from rsanet.segment.datasets import Case, find_cases
+from rsanet.segment.data import common_spacing, patch_transforms, preparing_to_train, validation_transforms
+from rsanet.segment.datasets import find_cases, list_cases
 from rsanet.segment.environment import (
     MEMORY_FORMAT,
     Precision,
     attention_backend,
+    available_memory,
     describe_device,
     package_versions,
     pick_device,
     pick_precision,
 )
-from rsanet.segment.files import write_csv, write_text
+from rsanet.segment.layouts import Case
 from rsanet.segment.metrics import dice
-from rsanet.segment.prediction import MODEL_NAME, lesion_probability
+from rsanet.segment.patches import Patches, choose_patch, seed_of
 from rsanet.segment.recipe import Recipe
+from rsanet.segment.runs import Run, TensorBoard, resumed_recipe
+from rsanet.segment.segmenter import lesion_probability
+from rsanet.segment.splits import divide_cases
+from rsanet.segment.words import counted, sizes
 
-WARM_UP = 0.05
+WARM_UP = 0.05  # of the steps
+LONGEST_GRADIENT = 1.0  # its norm is clipped there
+SAVE_SECONDS = 300.0  # a kill loses no more work than this
 
-
-def split_cases(cases: Sequence[Case], val_fraction: float, seed: int) -> tuple[list[Case], list[Case]]:
-    """Divides cases at random into those to train on and those held out, each in their order."""
-    count = round(val_fraction * len(cases)) or (1 if val_fraction else 0)
-    if count >= len(cases):
-        raise ValueError(
-            f"{len(cases)} case{'s' if len(cases) > 1 else ''} cannot be split into training and held-out cases: "
-            "give more cases, or --val-fraction 0."
-        )
-    held_out = set(random.Random(seed).sample(range(len(cases)), count))
-    return (
-        [case for index, case in enumerate(cases) if index not in held_out],
-        [case for index, case in enumerate(cases) if index in held_out],
-    )
+# Lesions are few voxels: each loss is of the whole batch, since a patch without any says nothing on its own.
+CRITERIA: dict[str, Callable[[], nn.Module]] = {
+    "dice_ce": lambda: DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True),
+    "dice_focal": lambda: DiceFocalLoss(softmax=True, to_onehot_y=True, include_background=False, batch=True),
+    # A missed lesion costs more than a false one.
+    "tversky": lambda: TverskyLoss(
+        softmax=True, to_onehot_y=True, include_background=False, batch=True, alpha=0.3, beta=0.7
+    ),
+}
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -64,166 +67,161 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return max(0.0, 1 - (step - warm_up) / max(1, steps - warm_up)) ** 0.9
 
 
-class LesionSegmentation(pl.LightningModule):
-    """Loss, optimizer, patches and validation of a network that labels each voxel background or lesion."""
-
-    def __init__(
-        self,
-        network: RSANet,
-        recipe: Recipe,
-        training: Sequence[Case],
-        held_out: Sequence[Case],
-        precision: Precision,
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.recipe = recipe
-        self.arithmetic = precision
-        self.loss = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
-        self.training_data = CacheDataset(
-            training, training_transforms(recipe.patch, recipe.spacing), progress=False, copy_cache=False
-        )
-        self.held_out_data = CacheDataset(
-            held_out, validation_transforms(recipe.spacing), progress=False, copy_cache=False
-        )
-        self.held_out_dice: dict[str, float] = {}
-
-    def train_dataloader(self) -> Iterable[dict[str, Any]]:
-        """The patches up to the next validation; their randomness is a function of the seed and the step."""
-        seed = self.recipe.seed + self.global_step
-        steps = min(self.recipe.steps_between_validations, self.recipe.steps - self.global_step)
-        order = torch.Generator().manual_seed(seed)  # MONAI seeds the transforms from it as well
-        return DataLoader(
-            self.training_data,
-            batch_size=self.recipe.batch,
-            sampler=RandomSampler(self.training_data, num_samples=steps * self.recipe.batch, generator=order),
-            num_workers=self.recipe.workers,
-            collate_fn=list_data_collate,
-            generator=order,
-        )
-
-    def val_dataloader(self) -> Iterable[dict[str, Any]]:
-        """The held-out cases, one whole volume at a time."""
-        return DataLoader(self.held_out_data, batch_size=1, collate_fn=list_data_collate)
-
-    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
-        """Dice + cross-entropy of a batch of patches."""
-        logits = self.network(batch["image"].contiguous(memory_format=MEMORY_FORMAT))
-        loss = self.loss(logits.float(), batch["mask"])
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"The loss is {loss.item()} at step {self.global_step + 1} on {', '.join(batch['case'])}: "
-                "check the images of these cases, or give a lower --lr."
-            )
-        return loss
-
-    def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        """Dice of a whole held-out volume, predicted as `rsanet predict` does."""
-        probability = lesion_probability(self.network, batch["image"], self.recipe.patch, self.arithmetic)
-        self.held_out_dice[batch["case"][0]] = dice(probability > 0.5, batch["mask"] > 0)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with warm-up and polynomial decay."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.recipe.lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.recipe.steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW, or nnU-Net's SGD with Nesterov momentum."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), recipe.peak_rate, momentum=0.99, nesterov=True, weight_decay=3e-5)
+    return torch.optim.AdamW(network.parameters(), lr=recipe.peak_rate)
 
 
-class RunRecord(pl.Callback):
-    """Keeps the best weights and ``log.csv`` in the run folder, and tells how the training goes."""
+def moving_average(network: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights that forgets its first steps sooner than its last."""
 
-    def __init__(self, run: Path, recipe: Recipe, extra: dict[str, Any]) -> None:
-        self.run = run
-        self.recipe = recipe
-        self.extra = extra
-        self.best = -math.inf
+    @torch.no_grad()
+    def update(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
+        seen = int(updates)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + seen) / (10 + seen)))
+
+    average = AveragedModel(network, multi_avg_fn=update)
+    return average.requires_grad_(False)
+
+
+class Progress:
+    """How far a run is: the losses since the last validation, the log, and the best score. Travels in a checkpoint."""
+
+    def __init__(self) -> None:
+        self.step = 0
         self.losses: list[float] = []
         self.rows: list[dict[str, Any]] = []
-        self.bar: tqdm | None = None
-        self.started = 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, module: LesionSegmentation) -> None:
-        """Starts the clock and, on a terminal, the progress bar."""
+        self.best = -math.inf
+        self.validations_since_best = 0
+        self.seconds = 0.0  # of the runs before this one
         self.started = time.perf_counter()
-        self.bar = tqdm(total=self.recipe.steps, desc="train", unit="step", disable=not sys.stderr.isatty())
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: LesionSegmentation, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Notes the loss of a step."""
-        self.losses.append(float(outputs["loss"]))
-        self.bar.set_postfix_str(self._state(self.losses[-20:]), refresh=False)
-        self.bar.update()
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {**vars(self), "seconds": self.elapsed()}
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: LesionSegmentation) -> None:
-        """Logs one row, and saves the weights if none before did better on the held-out cases."""
-        scores = list(module.held_out_dice.values())
-        score = sum(scores) / len(scores) if scores else None
-        self.rows.append(
-            {
-                "step": trainer.global_step,
-                "loss": round(sum(self.losses) / len(self.losses), 5),
-                "dice": "" if score is None else round(score, 5),
-                "lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.3g}",
-                "seconds": round(time.perf_counter() - self.started, 1),
-            }
-        )
-        write_csv(self.run / "log.csv", self.rows)
-        better = score is None or score > self.best
-        if better:
-            if not all(torch.isfinite(parameter).all() for parameter in module.network.parameters()):
-                raise ValueError(f"The weights are not finite at step {trainer.global_step}: give a lower --lr.")
-            self.best = -math.inf if score is None else score
-            save_model(module.network, self.run / MODEL_NAME, self.extra)
-        row = self.rows[-1]
-        note = f"  held-out Dice {score:.3f}{' (best, saved)' if better else ''}" if scores else ""
-        tqdm.write(
-            f"step {row['step']:>5}/{self.recipe.steps}  loss {row['loss']:.3f}{note}  {row['seconds']:.0f} s",
-            file=sys.stdout,
-        )
-        sys.stdout.flush()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        vars(self).update(state, started=time.perf_counter())
+
+    def elapsed(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.seconds + time.perf_counter() - self.started
+
+    def log(self, score: float | None, rate: float) -> dict[str, Any]:
+        """Adds a row, and says by ``validations_since_best`` whether it is the best."""
+        row = {
+            "step": self.step,
+            "loss": round(sum(self.losses) / len(self.losses), 5),
+            "dice": "" if score is None else round(score, 5),
+            "lr": float(f"{rate:.3g}"),
+            "seconds": round(self.elapsed(), 1),
+        }
+        self.rows.append(row)
         self.losses.clear()
-        module.held_out_dice.clear()
+        if score is None or score > self.best:
+            self.best, self.validations_since_best = -math.inf if score is None else score, 0
+        else:
+            self.validations_since_best += 1
+        return row
 
-    def on_train_end(self, trainer: pl.Trainer, module: LesionSegmentation) -> None:
-        """Closes the progress bar."""
-        self.bar.close()
+    def is_over(self, recipe: Recipe) -> bool:
+        """Whether all steps are done, or the patience is at its end."""
+        return self.step >= recipe.steps or bool(recipe.patience and self.validations_since_best >= recipe.patience)
 
-    def _state(self, losses: list[float]) -> str:
-        state = f"loss {sum(losses) / len(losses):.3f}"
-        return (
-            f"{state}, held-out Dice {self.rows[-1]['dice']:.3f}"
-            if self.rows and self.rows[-1]["dice"] != ""
-            else state
+
+def prepare(cases: Sequence[Case], transform: Compose, memory: float) -> CacheDataset:
+    """Prepares the cases, and keeps as many of them as the memory holds; the others are prepared anew at each use."""
+    kept = 0
+    if cases:
+        first = transform(cases[0])
+        size = sum(value.nbytes for value in first.values() if hasattr(value, "nbytes"))
+        kept = min(len(cases), int(memory / size))
+    if kept < len(cases):
+        warnings.warn(
+            f"memory holds {kept} of {counted(len(cases), 'prepared case')}: the others are read at every use, which "
+            "is slow; give a larger --spacing, or take a machine with more memory.",
+            stacklevel=2,
         )
+    return CacheDataset(
+        cases,
+        transform,
+        cache_num=kept,
+        num_workers=min(4, torch.get_num_threads()),
+        progress=kept > 2 and sys.stderr.isatty(),
+        copy_cache=False,
+    )
 
 
-def train(data: str | Path, run: str | Path, recipe: Recipe, contrasts: Sequence[str] | None = None) -> Path:
+def train(
+    data: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    resume: bool = False,
+) -> Path:
     """Trains a network on the cases of a data set.
 
+    The run folder gets ``model.safetensors``, the best weights, with ``last.safetensors`` and ``ema.safetensors``,
+    ``config.yaml``, ``log.csv``, ``curve.png``, and ``checkpoint.pt``, from which a run that was ended goes on. On a
+    CPU it comes to the same bits as one that was not.
+
     Args:
-        data: the data set.
-        run: folder to create, with ``model.safetensors``, ``config.json`` and ``log.csv``.
-        recipe: the settings.
-        contrasts: contrasts in channel order; None takes every contrast that occurs.
+        data: the data set; see `rsanet.segment.datasets.list_cases`.
+        out: run folder to create.
+        recipe: the settings; the defaults if None, or with ``resume`` those of the run.
+        resume: go on with the run in ``out``.
 
     Returns:
         The model file.
+
+    Raises:
+        ValueError: naming every case that cannot serve, or the setting or the step that is wrong.
+        FileNotFoundError: there is no such data set, or no run to resume.
     """
-    run = Path(run)
-    if (run / MODEL_NAME).exists():
-        raise ValueError(
-            f"{run} already holds {MODEL_NAME}, of a finished or an interrupted run: give another folder to -o."
-        )
+    run = Run(out)
+    begun: dict[str, Any] = {}
+    if resume:
+        begun = run.begun()
+        recipe = resumed_recipe(run, recipe)
+    elif leads():
+        run.check_free()
+    recipe = recipe or Recipe()
     device = pick_device(recipe.device)
     precision = pick_precision(recipe.precision, device)
-    cases = find_cases(data, contrasts, require_mask=True)
-    contrasts = list(cases[0].images)
-    training, held_out = split_cases(cases, recipe.val_fraction, recipe.seed)
-    silence_lightning()
-    pl.seed_everything(recipe.seed, verbose=False)
+    if leads():  # the processes of a run need not all read every file
+        cases = find_cases(data, recipe.contrasts, require_mask=True)
+        contrasts = list(cases[0].images)
+    else:
+        cases, contrasts = list_cases(data, recipe.contrasts)
+    training, held_out = divide_cases(cases, recipe)
+    divided = {"training": [case.id for case in training], "held_out": [case.id for case in held_out]}
+    if resume and any(begun.get(part) != names for part, names in divided.items()):
+        raise ValueError(f"{data} has other cases than {run.folder} was begun with: give the data set of that run.")
+
+    silence_libraries()
+    fabric = Fabric(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index or 0] if device.type == "cuda" and recipe.devices == 1 else recipe.devices,
+        num_nodes=recipe.nodes,
+        precision="bf16-mixed" if precision.name == "bf16" else "32-true",
+    )
+    fabric.launch()
+    torch.manual_seed(recipe.seed)
+    spacing = recipe.spacing or common_spacing(cases)
+    memory = available_memory(torch.device("cpu")) / recipe.devices / 2
+    volumes = prepare(training, preparing_to_train(spacing), memory)
+    whole = prepare(held_out[fabric.global_rank :: fabric.world_size], validation_transforms(spacing), memory / 2)
+
+    patch = begun.get("patch") or recipe.patch
+    if patch is None:
+        shapes = [volumes[index]["image"].shape[1:] for index in range(max(1, min(volumes.cache_num, len(volumes))))]
+        samples = recipe.batch // fabric.world_size
+        room = available_memory(fabric.device) * 0.8 / (recipe.devices if device.type == "cpu" else 1)
+        patch = choose_patch(shapes, recipe.channels, room, samples, device.type)
+    patch = fabric.broadcast(tuple(patch))
     network = RSANet(
         len(contrasts),
         2,
@@ -232,57 +230,262 @@ def train(data: str | Path, run: str | Path, recipe: Recipe, contrasts: Sequence
         attention=None if recipe.attention == "none" else recipe.attention,
         scale=recipe.attention_scale,
     ).to(memory_format=MEMORY_FORMAT)
-    backend = attention_backend(network, recipe.patch, device, precision)
-    run.mkdir(parents=True, exist_ok=True)
-    print(
-        f"Training on {len(training)} case{'s' if len(training) > 1 else ''} ({', '.join(contrasts)}), "
-        f"{len(held_out)} held out: "
-        f"{describe_device(device)}, attention backend {backend}, precision {precision}, "
-        f"patch {'×'.join(map(str, recipe.patch))}, batch {recipe.batch}, seed {recipe.seed}.",
-        flush=True,
-    )
-    config = {
-        "recipe": asdict(recipe),
-        "contrasts": contrasts,
-        "device": str(device),
-        "precision": precision.name,
-        "versions": package_versions(),
-        "data": str(data),
-        "training": [case.id for case in training],
-        "held_out": [case.id for case in held_out],
-    }
-    write_text(run / "config.json", json.dumps(config, indent=2) + "\n")
-    extra = {"contrasts": contrasts, "roi": list(recipe.patch), "spacing": recipe.spacing}
-    record = RunRecord(run, recipe, extra)
-    trainer = pl.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        precision="bf16-mixed" if precision.name == "bf16" else "32-true",
-        max_steps=recipe.steps,
-        max_epochs=-1,
-        reload_dataloaders_every_n_epochs=1,
-        limit_val_batches=1.0 if held_out else 0,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        callbacks=[record],
-        default_root_dir=run,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(LesionSegmentation(network, recipe, training, held_out, precision))
-    return run / MODEL_NAME
+
+    progress = Progress()
+    session = Session(fabric, recipe, run, network, patch, spacing, contrasts, whole, precision, progress)
+    if resume and (state := run.load_checkpoint()):
+        session.restore(state)
+    if fabric.is_global_zero:
+        if not resume:
+            run.begin(
+                {
+                    "recipe": asdict(recipe),
+                    "data": str(data),
+                    "contrasts": contrasts,
+                    **divided,
+                    "spacing": spacing,
+                    "patch": patch,
+                    "device": str(device),
+                    "precision": precision.name,
+                    "versions": package_versions(),
+                }
+            )
+        backend = attention_backend(network, patch, device, precision)
+        many = f"{fabric.world_size} processes, " if fabric.world_size > 1 else ""
+        print(
+            f"{f'Resuming at step {progress.step}' if progress.step else 'Training'} on "
+            f"{counted(len(training), 'case')} ({', '.join(contrasts)}), {len(held_out)} held out: "
+            f"{many}{describe_device(fabric.device)}, attention backend {backend}, precision {precision}, "
+            f"patch {sizes(patch)}, batch {recipe.batch}, seed {recipe.seed}.",
+            flush=True,
+        )
+    if progress.is_over(recipe):
+        if fabric.is_global_zero:
+            print(f"The run ended at step {progress.step}: there is nothing left to do.", flush=True)
+        return run.model
+    try:
+        session.fit(volumes)
+    except RuntimeError as error:
+        if fabric.world_size > 1 and "onnection" in str(error):
+            raise RuntimeError("Another process of this run has ended: its message says why.") from error
+        raise
+    return run.model
 
 
-def silence_lightning() -> None:
-    """A run prints its own lines: no tips, no device listing, no advice on workers."""
-    for name in (
-        "lightning",
-        "lightning.pytorch",
-        "lightning.fabric",
-        "lightning.pytorch.utilities.rank_zero",
-    ):
+def leads() -> bool:
+    """Whether this process is the first of a run, or its only one; known before the others are started."""
+    return rank_zero_only.rank in (0, None)
+
+
+def silence_libraries() -> None:
+    """A run prints its own lines: no advice, and no remarks on how libraries call each other."""
+    for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for message in ("Grad strides do not match bucket view", "torch.distributed.nn.functional.all_gather"):
+        warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", module=r"(lightning|monai)\.")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+class Session:
+    """The network, its optimizer and its average, through the steps of a run.
+
+    Args:
+        fabric: launched.
+        recipe: the settings.
+        run: where results go.
+        network: to train.
+        patch: voxels along z, y and x.
+        spacing: mm along z, y and x that the volumes have, or None for their own.
+        contrasts: in channel order.
+        held_out: this process's share of the prepared held-out cases.
+        precision: what the network is computed in.
+        progress: where the run is.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        recipe: Recipe,
+        run: Run,
+        network: RSANet,
+        patch: Sequence[int],
+        spacing: Sequence[float] | None,
+        contrasts: Sequence[str],
+        held_out: Sequence[Mapping[str, Any]],
+        precision: Precision,
+        progress: Progress,
+    ) -> None:
+        self.fabric = fabric
+        self.recipe = recipe
+        self.run = run
+        self.network = network
+        self.patch = patch
+        self.extra = {"contrasts": list(contrasts), "roi": list(patch), "spacing": spacing and list(spacing)}
+        self.held_out = held_out
+        self.precision = precision
+        self.progress = progress
+        self.criterion = CRITERIA[recipe.loss]()
+        self.average = moving_average(network, recipe.ema).to(fabric.device) if recipe.ema else None
+        if recipe.compile:
+            network.compile()
+        self.module, self.optimizer = fabric.setup(network, make_optimizer(network, recipe))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer.optimizer, lambda step: learning_rate_factor(step, recipe.steps)
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        parts = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": self.progress.state(),
+        }
+        return parts if self.average is None else {**parts, "average": self.average.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        try:
+            self.network.load_state_dict(state["network"])
+            self.optimizer.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.progress.restore(state["progress"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(f"{self.run.checkpoint} is not of this run: begin another one.") from error
+
+    def fit(self, volumes: Sequence[Mapping[str, Any]]) -> None:
+        """Trains from where the run is to its end."""
+        recipe, progress, fabric = self.recipe, self.progress, self.fabric
+        steps = range(progress.step, recipe.steps)
+        transform = patch_transforms(self.patch, augment=recipe.augment)
+        patches = Patches(volumes, transform, recipe.seed, recipe.batch, steps, fabric.global_rank, fabric.world_size)
+        workers = recipe.workers
+        if workers is None:
+            workers = min(8, torch.get_num_threads()) if fabric.device.type == "cuda" else 0
+        loader = fabric.setup_dataloaders(
+            DataLoader(patches, recipe.batch // fabric.world_size, num_workers=workers), use_distributed_sampler=False
+        )
+        saved = progress.started = time.perf_counter()
+        board = TensorBoard(self.run.folder) if fabric.is_global_zero else None
+        self.network.train()
+        bar = tqdm(
+            initial=progress.step,
+            total=recipe.steps,
+            desc="train",
+            unit="step",
+            disable=not (fabric.is_global_zero and sys.stderr.isatty()),
+        )
+        with bar:
+            for batch in loader:
+                progress.losses.append(self.step(batch))
+                progress.step += 1
+                bar.set_postfix_str(self.words(), refresh=False)
+                bar.update()
+                if progress.step % recipe.steps_between_validations == 0 or progress.step == recipe.steps:
+                    self.validate(board)
+                elif time.perf_counter() - saved < SAVE_SECONDS:
+                    continue
+                if fabric.is_global_zero:
+                    self.run.save_checkpoint(self.state())
+                saved = time.perf_counter()
+                if progress.is_over(recipe):
+                    break
+        if progress.step < recipe.steps and fabric.is_global_zero:
+            print(f"No better Dice in {counted(recipe.patience, 'validation')}: the training ends early.", flush=True)
+
+    def step(self, batch: Mapping[str, Any]) -> float:
+        """One step of the optimizer; returns the loss of the whole batch."""
+        recipe, number = self.recipe, self.progress.step
+        torch.manual_seed(seed_of(recipe.seed, number, self.fabric.global_rank, 1))  # dropout
+        self.optimizer.zero_grad()
+        logits = self.module(batch["image"].contiguous(memory_format=MEMORY_FORMAT)).float()
+        loss = self.criterion(*self.of_all_processes(logits, batch["mask"]))
+        self.check_finite(loss, "loss", batch["case"])
+        self.fabric.backward(loss)
+        norm = self.fabric.clip_gradients(
+            self.module, self.optimizer, max_norm=LONGEST_GRADIENT, error_if_nonfinite=False
+        )
+        self.check_finite(norm, "gradient", batch["case"])
+        self.optimizer.step()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        return loss.item()
+
+    def of_all_processes(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch as one process would see it, so that the loss does not depend on their number."""
+        if self.fabric.world_size == 1:
+            return logits, mask
+        logits = self.fabric.all_gather(logits, sync_grads=True)
+        mask = self.fabric.all_gather(mask)
+        return logits.flatten(0, 1), mask.flatten(0, 1)
+
+    def check_finite(self, value: Tensor, what: str, cases: Sequence[str]) -> None:
+        """Stops with the names of the cases where a number is not finite."""
+        if torch.isfinite(value):
+            return
+        names = ", ".join(name for part in self.gathered(list(cases)) for name in part)
+        raise ValueError(
+            f"The {what} is {value.item()} at step {self.progress.step + 1} on {names}: "
+            "check the images of these cases, or give a lower --lr."
+        )
+
+    def gathered(self, part: Any) -> list[Any]:
+        """What each process has."""
+        if self.fabric.world_size == 1:
+            return [part]
+        parts: list[Any] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(parts, part)
+        return parts
+
+    def validate(self, board: TensorBoard | None) -> None:
+        """Scores the held-out cases, whole volumes as `rsanet predict` does, and saves log and weights."""
+        network = self.network if self.average is None else self.average.module
+        for parameter in network.parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"The weights are not finite at step {self.progress.step}: give a lower --lr.")
+        network.eval()
+        scores = []
+        for number in range(len(self.held_out)):
+            case = self.held_out[number]
+            probability = lesion_probability(network, case["image"][None], self.patch, self.precision)
+            scores.append(dice(probability[0] > 0.5, case["mask"] > 0))
+        self.network.train()
+        scores = [score for part in self.gathered(scores) for score in part]
+        score = sum(scores) / len(scores) if scores else None
+        rate = self.optimizer.param_groups[0]["lr"]
+        row = self.progress.log(score, rate)
+        if board is None:
+            return
+        best = self.progress.validations_since_best == 0
+        save_model(self.network, self.run.last, self.extra)
+        if self.average is not None:
+            save_model(network, self.run.average, self.extra)
+        if best:
+            save_model(network, self.run.model, self.extra)
+        self.run.write_log(self.progress.rows)
+        board.add(row)
+        note = f"  held-out Dice {score:.3f}{' (best, saved)' if best else ''}" if scores else ""
+        left = row["seconds"] / row["step"] * (self.recipe.steps - row["step"])
+        tqdm.write(
+            f"step {row['step']:>5}/{self.recipe.steps}  loss {row['loss']:.3f}{note}  "
+            f"{duration(row['seconds'])}{f', {duration(left)} left' if left else ''}",
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
+
+    def words(self) -> str:
+        """For the progress bar: the loss of the last steps, and the last Dice."""
+        recent = self.progress.losses[-20:]
+        scores = [row["dice"] for row in self.progress.rows if row["dice"] != ""]
+        dice_words = f", held-out Dice {scores[-1]:.3f}" if scores else ""
+        return f"loss {sum(recent) / len(recent):.3f}{dice_words}"
+
+
+def duration(seconds: float) -> str:
+    """``48 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from rsanet import cli
-from rsanet.segment import prediction
+from rsanet.segment import segmenter, selfcheck
 from rsanet.segment.words import counted
 
 HEAVY = ("torch", "monai", "lightning", "nibabel", "scipy", "numpy", "matplotlib")
@@ -37,6 +38,17 @@ def is_one_sentence(err):
 
 def images_of(root, phantoms, subject="sub-001"):
     return [phantoms.image_path(root, subject, contrast) for contrast in ("FLAIR", "T1w", "T2w")]
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What `train` was told by the command line."""
+    seen = {}
+    monkeypatch.setattr(
+        "rsanet.segment.training.train",
+        lambda data, out, recipe, resume: seen.update(data=data, recipe=recipe, resume=resume),
+    )
+    return seen
 
 
 def test_from_images_to_scores_and_a_picture(trained, cohort, tmp_path, rsanet):
@@ -253,19 +265,12 @@ def test_settings_are_refused_before_anything_is_read(rsanet, tmp_path):
     assert "--lr is -1.0" in err
 
 
-def test_several_values_may_follow_one_option(monkeypatch, rsanet, tmp_path):
-    seen = {}
-    monkeypatch.setattr(
-        "rsanet.segment.training.train",
-        lambda data, out, recipe, contrasts: seen.update(recipe=recipe, names=contrasts),
-    )
-    code, _, _ = rsanet(
-        "train", "data", "--contrasts", "FLAIR", "T2w", "--channels", "8", "16", "-o", "run", "--patch", "8", "9", "10"
-    )
-    assert code == 0
-    assert seen["names"] == ["FLAIR", "T2w"]
-    assert seen["recipe"].channels == (8, 16)
-    assert seen["recipe"].patch == (8, 9, 10)
+def test_several_values_may_follow_one_option(rsanet, told):
+    options = ["--contrasts", "FLAIR", "T2w", "--channels", "8", "16", "-o", "run", "--patch", "8", "9", "10"]
+    assert rsanet("train", "data", *options)[0] == 0
+    assert told["recipe"].contrasts == ("FLAIR", "T2w")
+    assert told["recipe"].channels == (8, 16)
+    assert told["recipe"].patch == (8, 9, 10)
 
 
 def test_an_unexpected_error_is_one_sentence_and_debug_shows_its_traceback(monkeypatch, rsanet, tmp_path):
@@ -273,7 +278,7 @@ def test_an_unexpected_error_is_one_sentence_and_debug_shows_its_traceback(monke
         raise KeyError("weights")
 
     (tmp_path / "model.safetensors").write_text("")
-    monkeypatch.setattr(prediction, "load_model", fail)
+    monkeypatch.setattr(segmenter, "load_model", fail)
     args = ["predict", tmp_path, "-i", "a.nii.gz", "-o", tmp_path / "m.nii.gz"]
     code, _, err = rsanet(*args)
     assert code == 1
@@ -312,14 +317,56 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it():
     assert "Traceback" not in result.stderr
 
 
-def test_doctor_shows_versions_hardware_and_backends(rsanet):
-    code, out, _ = rsanet("doctor")
+def test_doctor_shows_versions_hardware_disk_and_backends(rsanet):
+    code, out, _ = rsanet("doctor", "--no-check")
     assert code == 0
     facts = dict(line.split("  ", 1) for line in out.splitlines())
     assert facts["torch"].strip() == torch.__version__
     assert facts["python"].strip() == ".".join(map(str, sys.version_info[:3]))
     assert facts["backend torch"].strip() == "usable"
     assert "cores" in facts["cpu"]
+    assert "GiB free in" in facts["disk here"]
+
+
+def test_doctor_works_for_real_and_says_how_fast(rsanet, monkeypatch):
+    monkeypatch.setattr(selfcheck, "WINDOW", (16, 16, 16))
+    code, out, err = rsanet("doctor", "--device", "cpu")
+    assert (code, err) == (0, "")
+    checks = [line for line in out.splitlines() if line.startswith("ok   ")]
+    assert sum("relative error" in line for line in checks) >= 4
+    assert sum(line.endswith(" s") for line in checks) == len(checks)
+    assert "All works." in out.splitlines()[-1]
+
+
+def test_doctor_names_what_does_not_work(rsanet, monkeypatch):
+    monkeypatch.setattr(selfcheck, "check_backends", lambda device, dtypes: False)
+    monkeypatch.setattr(selfcheck, "lesion_probability", lambda *args: torch.tensor(float("nan")))
+    code, out, err = rsanet("doctor", "--device", "cpu")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert "3 checks failed: slice-wise attention" in err
+    assert "FAIL prediction of a window" in out
+    assert "ok   a NIfTI file" in out
+
+
+def test_our_warnings_are_a_line_and_those_of_libraries_are_silent(rsanet, monkeypatch):
+    def describe():
+        warnings.warn_explicit("two voxels are odd.", UserWarning, segmenter.__file__, 1)
+        warnings.warn_explicit("use another function", FutureWarning, torch.__file__, 1)
+        return [("a", "b")]
+
+    monkeypatch.setattr("rsanet.segment.environment.describe_environment", describe)
+    assert rsanet("doctor", "--no-check")[2] == "rsanet: warning: two voxels are odd.\n"
+    with pytest.warns(FutureWarning, match="use another function"):
+        rsanet("doctor", "--no-check", "--debug")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("CUDA out of memory")],
+)
+def test_too_little_memory_is_said_with_what_helps(error):
+    assert cli.explain(error).startswith("There is not enough memory: give a smaller --patch")
 
 
 @pytest.mark.parametrize(("signum", "status", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
@@ -327,23 +374,23 @@ def test_doctor_shows_versions_hardware_and_backends(rsanet):
 def test_a_stopped_training_says_so_and_what_it_leaves(
     cohort, tiny, tmp_path, monkeypatch, rsanet, signum, status, word, saved
 ):
-    from rsanet.segment.training import RunRecord
+    from rsanet.segment.training import Session
 
-    noted = RunRecord.on_train_batch_end
+    step = Session.step
 
-    def stop(self, *args):
-        noted(self, *args)
-        if (self.run / "model.safetensors").exists() == saved:
+    def stop(self, batch):
+        if self.run.checkpoint.exists() == saved:
             signal.raise_signal(signum)
+        return step(self, batch)
 
-    monkeypatch.setattr(RunRecord, "on_train_batch_end", stop)
+    monkeypatch.setattr(Session, "step", stop)
     before = signal.getsignal(signum)
     options = ["--steps", "4", "--validate-every", "1", *tiny]
     code, out, err = rsanet("train", cohort, "-o", tmp_path / "run", *options)
     assert code == status
     assert is_one_sentence(err)
     assert word in err
-    assert ("has the weights saved last" if saved else "has no weights yet") in err
+    assert ("checkpoint.pt: give --resume to go on" if saved else "has no checkpoint yet") in err
     assert (tmp_path / "run" / "model.safetensors").exists() == saved
     assert "The model is" not in out
     assert signal.getsignal(signum) == before
@@ -354,7 +401,7 @@ def test_an_end_of_file_is_an_error_like_another(monkeypatch, rsanet):
         raise EOFError("Compressed file ended")
 
     monkeypatch.setattr("rsanet.segment.environment.describe_environment", fail)
-    code, _, err = rsanet("doctor")
+    code, _, err = rsanet("doctor", "--no-check")
     assert code == 1
     assert is_one_sentence(err.lstrip())
     assert "EOFError" in err
@@ -372,21 +419,56 @@ def test_a_signal_in_a_destructor_is_not_lost(monkeypatch, rsanet, signum):
         time.sleep(5)
 
     monkeypatch.setattr("rsanet.segment.environment.describe_environment", describe)
-    code, _, err = rsanet("doctor")
+    code, _, err = rsanet("doctor", "--no-check")
     assert code == 128 + signum
     assert is_one_sentence(err)
 
 
-def test_an_exit_of_lightning_after_sigterm_is_one_of_ours(monkeypatch, rsanet, tmp_path):
-    monkeypatch.setattr("rsanet.segment.training.train", lambda *args: sys.exit())
-    code, _, err = rsanet("train", "data", "-o", tmp_path / "run")
-    assert code == 143
-    assert "has no weights yet" in err
+def test_a_configuration_is_read_back_and_options_come_before_it(trained, tmp_path, rsanet, told):
+    config = trained / "config.yaml"
+    code, _, err = rsanet("train", "data", "-o", tmp_path / "run", "--config", config, "--steps", "7", "--no-augment")
+    assert (code, err) == (0, "")
+    assert told["recipe"].steps == 7
+    assert not told["recipe"].augment
+    assert told["recipe"].channels == (8, 16)
+    assert told["recipe"].lr == 0.01
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_the_machine(trained, rsanet, told):
+    assert rsanet("train", "data", "-o", trained, "--resume", "--workers", "2")[0] == 0
+    assert told["resume"]
+    assert told["recipe"].workers == 2
+    assert told["recipe"].steps == 80
+    code, _, err = rsanet("train", "data", "-o", trained, "--resume", "--config", trained / "config.yaml")
+    assert code == 2
+    assert "leave --config out" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("stepz: 5", "has stepz, which no run can be told"), ("steps: many", "not a whole number"), ("[", "is not YAML")],
+)
+def test_a_configuration_with_a_slip_is_refused(tmp_path, rsanet, told, text, reason):
+    (tmp_path / "c.yaml").write_text(text)
+    code, _, err = rsanet("train", "data", "-o", tmp_path / "run", "--config", tmp_path / "c.yaml")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert reason in err
+    assert "c.yaml" in err
+    assert not told
+
+
+def test_a_run_that_is_not_there_cannot_be_resumed(cohort, tmp_path, rsanet):
+    code, _, err = rsanet("train", cohort, "-o", tmp_path / "run", "--resume")
+    assert code == 1
+    assert is_one_sentence(err)
+    assert "there is no run to resume" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exit_that_a_library_makes_is_no_success(monkeypatch, rsanet):
     monkeypatch.setattr("rsanet.segment.environment.describe_environment", sys.exit)
-    assert rsanet("doctor")[0] == 1
+    assert rsanet("doctor", "--no-check")[0] == 1
 
 
 def test_a_stopped_process_has_the_status_of_its_signal():

@@ -1,22 +1,27 @@
 import csv
-import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 import types
 from itertools import pairwise
 
 import pytest
 import torch
+import yaml
 
 from rsanet.checkpoints import load_model
-from rsanet.segment import environment, training
-from rsanet.segment.datasets import Case
-from rsanet.segment.recipe import Recipe, triple
+from rsanet.segment import runs, training
+from rsanet.segment.recipe import Recipe
 
 SMALL = {"channels": (8, 16), "patch": (16, 16, 16), "val_fraction": 0.25, "lr": 1e-2}
 
 
-def weights(run):
-    return load_model(run / "model.safetensors").state_dict()
+def weights(run, name="model"):
+    return load_model(run / f"{name}.safetensors").state_dict()
 
 
 def rows(run):
@@ -24,8 +29,35 @@ def rows(run):
         return list(csv.DictReader(file))
 
 
+FILES = {
+    "checkpoint.pt",
+    "config.yaml",
+    "curve.png",
+    "ema.safetensors",
+    "last.safetensors",
+    "log.csv",
+    "model.safetensors",
+}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def command(*args):
+    """The command in a process of its own, which can be killed and can start others."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "rsanet.cli", *map(str, args)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_the_run_folder_tells_all_about_the_run(trained):
-    config = json.loads((trained / "config.json").read_text())
+    config = yaml.safe_load((trained / "config.yaml").read_text())
     assert config["contrasts"] == ["FLAIR", "T1w", "T2w"]
     assert sorted(config["training"] + config["held_out"]) == ["sub-001", "sub-002", "sub-003", "sub-004"]
     assert len(config["held_out"]) == 1
@@ -36,7 +68,8 @@ def test_the_run_folder_tells_all_about_the_run(trained):
     assert [row["step"] for row in log] == ["40", "80"]
     assert float(log[1]["loss"]) < float(log[0]["loss"])
     assert float(log[1]["dice"]) > 0.5
-    assert {path.name for path in trained.iterdir()} == {"config.json", "log.csv", "model.safetensors"}
+    assert {path.name for path in trained.iterdir()} == FILES
+    assert (trained / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_model_file_knows_its_contrasts_and_window(trained):
@@ -48,9 +81,9 @@ def test_the_same_seed_gives_the_same_weights(cohort, tmp_path):
     for name, seed in (("one", 3), ("again", 3), ("other", 4)):
         training.train(cohort, tmp_path / name, Recipe(steps=4, seed=seed, **SMALL))
     one, again, other = (weights(tmp_path / name) for name in ("one", "again", "other"))
-    assert all(torch.equal(one[key], again[key]) for key in one)
-    assert not all(torch.equal(one[key], other[key]) for key in one)
-    assert (tmp_path / "one" / "config.json").read_text() == (tmp_path / "again" / "config.json").read_text()
+    assert same(one, again)
+    assert not same(one, other)
+    assert (tmp_path / "one" / "config.yaml").read_text() == (tmp_path / "again" / "config.yaml").read_text()
 
 
 def test_the_last_steps_are_validated_too(cohort, tmp_path):
@@ -64,7 +97,8 @@ def test_only_the_best_weights_are_kept(cohort, tmp_path, monkeypatch):
     save_model = training.save_model
 
     def note(network, path, extra):
-        saved.append({key: value.clone() for key, value in network.state_dict().items()})
+        if path.name == "model.safetensors":
+            saved.append({key: value.clone() for key, value in network.state_dict().items()})
         save_model(network, path, extra)
 
     monkeypatch.setattr(training, "dice", lambda prediction, mask: next(scores))
@@ -72,8 +106,7 @@ def test_only_the_best_weights_are_kept(cohort, tmp_path, monkeypatch):
     training.train(cohort, tmp_path, Recipe(steps=3, validate_every=1, **SMALL))
     assert [row["dice"] for row in rows(tmp_path)] == ["0.5", "0.9", "0.1"]
     assert len(saved) == 2
-    kept = weights(tmp_path)
-    assert all(torch.equal(kept[key], saved[1][key]) for key in kept)
+    assert same(weights(tmp_path), saved[1])
 
 
 def test_without_held_out_cases_the_last_weights_are_kept(cohort, tmp_path, capsys):
@@ -98,10 +131,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_cases(cohort, tmp
 
 
 def test_weights_that_are_not_finite_are_not_saved(cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        training.LesionSegmentation, "on_validation_end", lambda self: self.network.final[1].weight.data.fill_(math.nan)
-    )
-    monkeypatch.setattr(training, "dice", lambda prediction, mask: 1.0)
+    step = training.Session.step
+
+    def spoil(self, batch):
+        loss = step(self, batch)
+        self.average.module.final[1].weight.data.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(training.Session, "step", spoil)
     with pytest.raises(ValueError, match="weights are not finite at step 1"):
         training.train(cohort, tmp_path, Recipe(steps=2, validate_every=1, **SMALL))
     assert not (tmp_path / "model.safetensors").exists()
@@ -116,7 +153,7 @@ def test_other_attentions_train(cohort, tmp_path, attention):
 
 
 def test_contrasts_and_attention_scale_reach_the_network(cohort, tmp_path):
-    training.train(cohort, tmp_path, Recipe(steps=1, attention_scale=0.1, **SMALL), ["T2w", "FLAIR"])
+    training.train(cohort, tmp_path, Recipe(steps=1, attention_scale=0.1, contrasts=["T2w", "FLAIR"], **SMALL))
     network = load_model(tmp_path / "model.safetensors")
     assert network.config["in_channels"] == 2
     assert network.config["scale"] == 0.1
@@ -141,38 +178,243 @@ def test_training_prints_its_own_lines_alone(cohort, tmp_path, capfd):
     assert all(line.startswith("step ") and "held-out Dice" in line for line in steps)
 
 
-def test_patches_can_be_prepared_by_other_processes(cohort, tmp_path):
-    for name in ("one", "again"):
-        training.train(cohort, tmp_path / name, Recipe(steps=3, workers=1, **SMALL))
-    one, again = weights(tmp_path / "one"), weights(tmp_path / "again")
-    assert all(torch.equal(one[key], again[key]) for key in one)
+def test_other_processes_prepare_the_same_patches(cohort, tmp_path):
+    for name, workers in (("none", 0), ("one", 1), ("two", 2)):
+        training.train(cohort, tmp_path / name, Recipe(steps=3, workers=workers, **SMALL))
+    none, one, two = (weights(tmp_path / name) for name in ("none", "one", "two"))
+    assert same(none, one)
+    assert same(none, two)
 
 
-@pytest.mark.parametrize(("has_bf16", "name"), [(True, "bf16"), (False, "fp32")])
-def test_auto_precision_is_bf16_only_where_the_hardware_has_it(monkeypatch, has_bf16, name):
-    monkeypatch.setattr(environment, "has_bf16_instructions", lambda device: has_bf16)
-    assert environment.pick_precision("auto", torch.device("cpu")).name == name
-    assert environment.pick_precision("fp32", torch.device("cpu")).name == "fp32"
+def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(cohort, tiny, tmp_path):
+    options = ["--steps", "12", "--validate-every", "4", *tiny, "--dropout", "0.2"]
+    unbroken = command("train", cohort, "-o", tmp_path / "unbroken", *options)
+    assert unbroken.wait(120) == 0
+    run = tmp_path / "killed"
+    killed = command("train", cohort, "-o", run, *options)
+    while not (run / "checkpoint.pt").exists() and killed.poll() is None:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait(60) == -signal.SIGKILL
+    resumed = command("train", cohort, "-o", run, "--resume")
+    out, err = resumed.communicate(timeout=120)
+    assert (resumed.returncode, err) == (0, "")
+    assert "Resuming at step" in out
+    for name in ("model", "last", "ema"):
+        assert same(weights(tmp_path / "unbroken", name), weights(run, name)), name
+    for one, other in zip(rows(tmp_path / "unbroken"), rows(run), strict=True):
+        assert {**one, "seconds": ""} == {**other, "seconds": ""}
+    assert {path.name for path in run.iterdir()} == FILES
 
 
-def test_a_device_that_is_not_there_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match="finds no CUDA device"):
-        environment.pick_device("cuda")
-    with pytest.raises(ValueError, match="give auto, cpu"):
-        environment.pick_device("abacus")
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_run_goes_on_from_any_step(cohort, tmp_path, monkeypatch, stop):
+    recipe = Recipe(steps=6, validate_every=4, **SMALL)
+    training.train(cohort, tmp_path / "unbroken", recipe)
+    step = training.Session.step
+
+    def fail(self, batch):
+        if self.progress.step == stop:
+            raise MemoryError
+        return step(self, batch)
+
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training.Session, "step", fail)
+    with pytest.raises(MemoryError):
+        training.train(cohort, tmp_path / "stopped", recipe)
+    monkeypatch.setattr(training.Session, "step", step)
+    assert runs.Run(tmp_path / "stopped").load_checkpoint()["progress"]["step"] == stop
+    training.train(cohort, tmp_path / "stopped", resume=True)
+    for name in ("model", "last", "ema"):
+        assert same(weights(tmp_path / "unbroken", name), weights(tmp_path / "stopped", name)), name
 
 
-def test_the_split_divides_the_cases_and_follows_the_seed():
-    cases = [Case(f"sub-{number}") for number in range(10)]
-    kept, held_out = training.split_cases(cases, 0.2, seed=1)
-    assert len(held_out) == 2
-    assert sorted(kept + held_out, key=cases.index) == cases
-    assert training.split_cases(cases, 0.2, seed=1) == (kept, held_out)
-    assert any(training.split_cases(cases, 0.2, seed=seed)[1] != held_out for seed in range(2, 6))
-    assert len(training.split_cases(cases[:3], 0.1, seed=0)[1]) == 1
-    with pytest.raises(ValueError, match="1 case cannot be split"):
-        training.split_cases(cases[:1], 0.2, seed=0)
+def test_a_run_killed_before_its_first_checkpoint_begins_again(cohort, tmp_path, monkeypatch):
+    recipe = Recipe(steps=2, **SMALL)
+    fit = training.Session.fit
+    monkeypatch.setattr(training.Session, "fit", lambda self, volumes: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        training.train(cohort, tmp_path, recipe)
+    monkeypatch.setattr(training.Session, "fit", fit)
+    with pytest.raises(ValueError, match=r"already holds config\.yaml: give another folder to -o, or --resume"):
+        training.train(cohort, tmp_path, recipe)
+    training.train(cohort, tmp_path, resume=True)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2"]
+
+
+def test_what_would_give_other_weights_cannot_be_resumed(trained, cohort, tmp_path, phantoms):
+    begun = runs.read_recipe(trained / "config.yaml")
+    with pytest.raises(ValueError, match=r"--lr is 0\.5, but .* was begun with 0\.01"):
+        training.train(cohort, trained, Recipe(**{**vars(begun), "lr": 0.5}), resume=True)
+    other = phantoms.write_cohort(tmp_path / "other", 3)
+    with pytest.raises(ValueError, match="has other cases than"):
+        training.train(other, trained, resume=True)
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        training.train(cohort, tmp_path / "nowhere", resume=True)
+
+
+def test_a_finished_run_has_nothing_left_to_do(trained, cohort, capsys):
+    before = (trained / "model.safetensors").read_bytes()
+    begun = runs.read_recipe(trained / "config.yaml")
+    elsewhere = Recipe(**{**vars(begun), "workers": 1, "device": "cpu"})
+    assert training.train(cohort, trained, elsewhere, resume=True) == trained / "model.safetensors"
+    assert "ended at step 80" in capsys.readouterr().out
+    assert (trained / "model.safetensors").read_bytes() == before
+
+
+def test_two_processes_have_the_loss_curve_of_one(cohort, tmp_path):
+    options = ["--channels", "8", "16", "--patch", "16", "--dropout", "0", "--precision", "fp32", "--lr", "1e-2"]
+    options += ["--steps", "8", "--validate-every", "2", "--batch", "4", "--device", "cpu", "--val-fraction", "0.5"]
+    both = [
+        command("train", cohort, "-o", tmp_path / name, *options, "--devices", devices)
+        for name, devices in (("one", 1), ("two", 2))
+    ]
+    outputs = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "2 processes" in outputs[1][0]
+    assert outputs[1][0].count("The model is") == 1
+    assert outputs[1][1] == ""
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-3)
+    first, shared = (float(rows(tmp_path / name)[0]["loss"]) for name in ("one", "two"))
+    assert first == pytest.approx(shared, abs=2e-5)
+
+
+def test_a_run_without_a_better_dice_ends_early(cohort, tmp_path, monkeypatch, capsys):
+    scores = iter([0.5, 0.4, 0.6, 0.1, 0.2])
+    monkeypatch.setattr(training, "dice", lambda prediction, mask: next(scores))
+    training.train(cohort, tmp_path, Recipe(steps=9, validate_every=1, patience=2, **SMALL))
+    assert [row["dice"] for row in rows(tmp_path)] == ["0.5", "0.4", "0.6", "0.1", "0.2"]
+    assert "No better Dice in 2 validations" in capsys.readouterr().out
+    training.train(cohort, tmp_path, resume=True)
+    assert len(rows(tmp_path)) == 5
+
+
+def test_the_average_lags_behind_the_weights_and_is_what_is_validated(cohort, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        training, "lesion_probability", lambda network, image, *rest: seen.append(network) or torch.zeros(image.shape)
+    )
+    training.train(cohort, tmp_path / "average", Recipe(steps=3, **SMALL))
+    assert not same(weights(tmp_path / "average", "ema"), weights(tmp_path / "average", "last"))
+    assert same(seen[-1].state_dict(), weights(tmp_path / "average", "ema"))
+    training.train(cohort, tmp_path / "plain", Recipe(steps=3, ema=0.0, **SMALL))
+    assert not (tmp_path / "plain" / "ema.safetensors").exists()
+    assert same(weights(tmp_path / "plain", "last"), weights(tmp_path / "average", "last"))
+
+
+def test_the_average_forgets_its_first_steps_sooner():
+    network = torch.nn.Linear(1, 1, bias=False)
+    average = training.moving_average(network, 0.9)
+    expected = None
+    for step in range(30):
+        network.weight.data.fill_(float(step))
+        average.update_parameters(network)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = float(step) if expected is None else decay * expected + (1 - decay) * step
+        assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("setting", [{"loss": "dice_focal"}, {"loss": "tversky"}, {"optimizer": "sgd"}])
+def test_other_losses_and_optimizers_train(cohort, tmp_path, setting):
+    training.train(cohort, tmp_path, Recipe(steps=12, validate_every=6, **{**SMALL, "lr": None}, **setting))
+    first, last = (float(row["loss"]) for row in rows(tmp_path))
+    assert last < first
+
+
+def test_a_missed_lesion_costs_tversky_more_than_a_false_one():
+    mask = torch.zeros(1, 1, 8, 8, 8)
+    mask[..., :4] = 1
+    missed, false = torch.full((1, 2, 8, 8, 8), -9.0), torch.full((1, 2, 8, 8, 8), -9.0)
+    missed[:, 0], missed[:, :, ..., :2] = 9.0, torch.tensor([-9.0, 9.0]).reshape(1, 2, 1, 1, 1)
+    false[:, 0], false[:, :, ..., :6] = 9.0, torch.tensor([-9.0, 9.0]).reshape(1, 2, 1, 1, 1)
+    loss = training.CRITERIA["tversky"]()
+    assert loss(missed, mask) > loss(false, mask) + 0.05
+
+
+def test_the_patch_follows_the_volumes_where_none_is_given(cohort, tmp_path, capsys):
+    training.train(cohort, tmp_path, Recipe(steps=1, **{**SMALL, "patch": None}))
+    assert "patch 22×28×24" in capsys.readouterr().out
+    assert load_model(tmp_path / "model.safetensors").extra["roi"] == [22, 28, 24]
+
+
+def test_voxels_of_different_sizes_are_brought_to_their_median(tmp_path, phantoms):
+    for number, thick in enumerate((1.0, 2.0, 2.0, 2.0), start=1):
+        phantoms.write_subject(
+            tmp_path / "data", f"sub-{number:03d}", number, torch.diag(torch.tensor([1, 1, thick, 1])).numpy()
+        )
+    training.train(tmp_path / "data", tmp_path / "run", Recipe(steps=1, **SMALL))
+    assert load_model(tmp_path / "run" / "model.safetensors").extra["spacing"] == [2.0, 1.0, 1.0]
+
+
+def test_cases_beyond_the_memory_are_read_at_every_use(cohort, tmp_path, monkeypatch):
+    training.train(cohort, tmp_path / "kept", Recipe(steps=2, **SMALL))
+    monkeypatch.setattr(training, "available_memory", lambda device: 2 * 400_000)
+    with pytest.warns(UserWarning, match="memory holds 1 of 3 prepared cases"):
+        training.train(cohort, tmp_path / "read", Recipe(steps=2, **SMALL))
+    assert same(weights(tmp_path / "kept"), weights(tmp_path / "read"))
+
+
+def test_a_compiled_network_trains_to_the_same_names(cohort, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(training.RSANet, "compile", lambda self: compiled.append(self))
+    training.train(cohort, tmp_path, Recipe(steps=1, compile=True, **SMALL))
+    assert len(compiled) == 1
+
+
+def test_tensorboard_gets_the_log_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+    writer = types.SimpleNamespace(add_scalar=lambda *args: written.append(args), flush=lambda: None)
+    module = types.SimpleNamespace(SummaryWriter=lambda folder: written.append(folder) or writer)
+    monkeypatch.setattr(runs, "find_spec", lambda name: name == "tensorboard")
+    monkeypatch.setattr(runs, "import_module", lambda name: module)
+    runs.TensorBoard(tmp_path).add({"step": 4, "loss": 0.5, "dice": "", "lr": 0.1, "seconds": 3})
+    assert written == [tmp_path / "tensorboard", ("loss", 0.5, 4), ("lr", 0.1, 4)]
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    runs.TensorBoard(tmp_path).add({})
+
+
+def test_a_checkpoint_is_data_and_never_code(trained, cohort, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harmed"), "w"))
+
+    run = runs.Run(tmp_path / "run")
+    run.begin(yaml.safe_load((trained / "config.yaml").read_text()))
+    torch.save({"network": Harm()}, run.checkpoint)
+    with pytest.raises(ValueError, match="is damaged, or no checkpoint"):
+        training.train(cohort, run.folder, resume=True)
+    assert not (tmp_path / "harmed").exists()
+    torch.save({"network": {}}, run.checkpoint)
+    with pytest.raises(ValueError, match="is not of this run"):
+        training.train(cohort, run.folder, resume=True)
+
+
+@pytest.mark.parametrize("text", ["- a list", "recipe: 5", "{", "\x00"])
+def test_a_configuration_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.yaml"))):
+        runs.read_recipe(tmp_path / "config.yaml")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    run = runs.Run(tmp_path)
+    run.save_checkpoint({"progress": 1})
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.save_checkpoint({"progress": 2})
+    assert run.load_checkpoint() == {"progress": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(48, "48 s"), (720, "12 min"), (12600, "3.5 h")])
+def test_times_are_said_as_people_do(seconds, words):
+    assert training.duration(seconds) == words
 
 
 def test_the_learning_rate_warms_up_and_decays():
@@ -191,55 +433,7 @@ def test_dice_counts_empty_as_agreement():
     assert training.dice(torch.tensor([True, False, True, False]), full) == 0.5
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"steps": 0},
-        {"batch": 0},
-        {"lr": 0.0},
-        {"lr": math.nan},
-        {"patch": (0, 8, 8)},
-        {"channels": ()},
-        {"channels": (8,)},
-        {"lr": math.inf},
-        {"seed": -1},
-        {"seed": 2**32},
-        {"spacing": (1.0, math.inf, 1.0)},
-        {"spacing": (1.0, math.nan, 1.0)},
-        {"spacing": (1.0, 1.0, 21.0)},
-        {"val_fraction": 1.0},
-        {"dropout": 1.0},
-        {"attention": "cubic"},
-        {"attention_scale": 0.0},
-        {"spacing": (1.0, 0.0, 1.0)},
-        {"validate_every": 0},
-        {"workers": -1},
-    ],
-)
-def test_settings_that_cannot_train_are_refused_by_name(setting):
-    (name,) = setting
-    with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
-        Recipe(**setting)
-
-
-def test_one_value_stands_for_three_axes():
-    assert triple([8], "--patch") == (8, 8, 8)
-    assert triple([8, 9, 10], "--patch") == (8, 9, 10)
-    with pytest.raises(ValueError, match="--patch has 2 values"):
-        triple([8, 9], "--patch")
-
-
 def test_a_network_that_cannot_be_made_leaves_no_folder(cohort, tmp_path):
     with pytest.raises(ValueError, match="65536 is the most"):
         training.train(cohort, tmp_path / "run", Recipe(**{**SMALL, "channels": (8, 2**17)}))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_backend_is_asked_for_the_window_of_the_level_with_attention(monkeypatch):
-    seen = []
-    backend = types.SimpleNamespace(backend="torch")
-    monkeypatch.setattr(environment, "explain", lambda x: seen.append(tuple(x.shape)) or backend)
-    network = training.RSANet(1, 2, (8, 8, 8))
-    precision = environment.pick_precision("fp32", torch.device("cpu"))
-    assert environment.attention_backend(network, (16, 32, 64), torch.device("cpu"), precision) == "torch"
-    assert seen == [(1, 8, 4, 8, 16)]

@@ -1,0 +1,170 @@
+"""The folder of a training run: its files, and how they are written so that a kill at any moment spoils none."""
+
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from rsanet.segment.files import check_writable, remove_stale, write_csv, write_text, written_beside
+from rsanet.segment.recipe import OF_THE_MACHINE, Recipe, recipe_of
+
+MODEL_NAME = "model.safetensors"
+
+
+class Run:
+    """A run folder.
+
+    Attributes:
+        model: the best weights on the held-out cases, which predict takes; the last ones where none are held out.
+        last: the weights of the last validated step, as the optimizer left them.
+        average: their moving average.
+        config: the recipe, the cases and the versions, as YAML.
+        log: a row per validation.
+        curve: a picture of the log.
+        checkpoint: what ``resume`` needs.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.model = self.folder / MODEL_NAME
+        self.last = self.folder / "last.safetensors"
+        self.average = self.folder / "ema.safetensors"
+        self.config = self.folder / "config.yaml"
+        self.log = self.folder / "log.csv"
+        self.curve = self.folder / "curve.png"
+        self.checkpoint = self.folder / "checkpoint.pt"
+
+    def check_free(self) -> None:
+        """Refuses a folder that holds a run."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: give the name of a folder.")
+        for path in (self.model, self.config):
+            if path.exists():
+                raise ValueError(
+                    f"{self.folder} already holds {path.name}: give another folder to -o, or --resume to go on."
+                )
+
+    def begin(self, content: Mapping[str, Any]) -> None:
+        """Creates the folder with its configuration; tuples become lists."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        check_writable(self.config)
+        plain = json.loads(json.dumps(content))
+        write_text(self.config, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+    def begun(self) -> dict[str, Any]:
+        """What ``begin`` wrote."""
+        if not self.config.is_file():
+            raise FileNotFoundError(f"{self.config} does not exist: there is no run to resume in {self.folder}.")
+        remove_stale(self.folder)
+        content = read_yaml(self.config)
+        if "recipe" not in content:
+            raise ValueError(f"{self.config} is not the configuration of a run: begin another one.")
+        return content
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replaces the checkpoint."""
+        with written_beside(self.checkpoint) as partial:
+            torch.save(dict(state), partial)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint, or None where the run was ended before its first. It is data: no code in it is run."""
+        if not self.checkpoint.is_file():
+            return None
+        try:
+            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{self.checkpoint} is damaged, or no checkpoint: begin another run.") from error
+
+    def write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces the log and its picture."""
+        write_csv(self.log, rows)
+        draw_curve(rows, self.curve)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML ({reason}): give a config.yaml of a run, or one like it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings: give a config.yaml of a run, or one like it.")
+    return content
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a run's ``config.yaml``, or of a file with the settings alone."""
+    content = read_yaml(path)
+    values = content.get("recipe", content)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} has a recipe that is no list of settings: give a config.yaml of a run.")
+    return recipe_of(values, str(path))
+
+
+def resumed_recipe(run: Run, recipe: Recipe | None) -> Recipe:
+    """The recipe that a run was begun with, on the machine of another recipe.
+
+    Raises:
+        ValueError: the other recipe would give other weights.
+    """
+    begun = read_recipe(run.config)
+    if recipe is None:
+        return begun
+    goes_on = replace(begun, **{name: getattr(recipe, name) for name in OF_THE_MACHINE})
+    for name, value in asdict(goes_on).items():
+        if getattr(recipe, name) != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(recipe, name)}, but {run.folder} was begun with {value}: "
+                "leave it out to resume, or begin another run."
+            )
+    return goes_on
+
+
+def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws loss and held-out Dice over the steps, the best one marked."""
+    from matplotlib.figure import Figure
+
+    steps = [row["step"] for row in rows]
+    scores = [(row["step"], row["dice"]) for row in rows if row["dice"] != ""]
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    loss, dice = figure.subplots(2, 1, sharex=True) if scores else (figure.subplots(), None)
+    loss.plot(steps, [row["loss"] for row in rows], color="#0072B2", marker=".")
+    loss.set_ylabel("training loss")
+    if dice is not None:
+        best = max(scores, key=lambda score: score[1])
+        dice.plot(*zip(*scores, strict=True), color="#D55E00", marker=".")
+        dice.plot(*best, color="black", marker="o", fillstyle="none", linestyle="none", markersize=10)
+        dice.annotate(f"best {best[1]:.3f}", best, xytext=(0, -16), textcoords="offset points", ha="center")
+        dice.set_ylabel("held-out Dice")
+        dice.set_ylim(0, 1)
+    (dice or loss).set_xlabel("step")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    with written_beside(path) as partial:
+        figure.savefig(partial, dpi=120)
+
+
+class TensorBoard:
+    """Writes the log for TensorBoard where it is installed, and nothing elsewhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self.writer = None
+        if find_spec("tensorboard"):
+            self.writer = import_module("torch.utils.tensorboard").SummaryWriter(folder / "tensorboard")
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """The numbers of a row of the log."""
+        if self.writer:
+            for name in ("loss", "dice", "lr"):
+                if row[name] != "":
+                    self.writer.add_scalar(name, float(row[name]), row["step"])
+            self.writer.flush()
