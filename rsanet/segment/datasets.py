@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -163,7 +164,7 @@ def read_split(path: str | Path, cases: Sequence[Case], fold: int | None = None)
         part = "validation" if key == "val" else key
         if part not in parts or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{path} has {key!r}: give lists of names under train, validation and test.")
-        parts[part] |= set(names)
+        parts[part] |= {unicodedata.normalize("NFC", name) for name in names}
     times = Counter(name for names in parts.values() for name in names)
     if unknown := sorted(times.keys() - {case.id for case in cases}):
         raise ValueError(

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +19,18 @@ from rsanet.segment.words import counted
 
 # The contrasts that go by several names, in lower case; any other name stays as it is written.
 ALIASES = {
-    "flair": "FLAIR",
-    **dict.fromkeys(("t1", "t1w"), "T1w"),
+    **dict.fromkeys(("flair", "3dflair"), "FLAIR"),
+    **dict.fromkeys(("t1", "t1w", "3dt1"), "T1w"),
     **dict.fromkeys(("t2", "t2w"), "T2w"),
-    **dict.fromkeys(("pd", "pdw"), "PDw"),
-    **dict.fromkeys(("t1ce", "t1gd", "t1c"), "T1ce"),
+    **dict.fromkeys(("pd", "pdw", "dp"), "PDw"),
+    **dict.fromkeys(("t1ce", "t1gd", "t1c", "t1wks", "gado", "3dt1gado"), "T1ce"),
 }
 
 # Words in the names of files and columns, in lower case.
 MASK = re.compile(r"(masks?|lesions?|labels?|consensus|manual|seg|segmentation|gt|wmh)\d*")
 OTHER_MASK = re.compile(r"(brain|brainmask|head|skull|csf|gm|wm)\d*")  # no lesion mask with one of these
 NO_SCAN = ("prob", "probability")
+AGENT = ("ce", "gd", "gado", "gadolinium")  # beside T1w, which is a T1ce then
 REGISTERED_TO = ("to", "in", "on", "2")  # T1_to_FLAIR is a T1w
 IDS = ("id", "subject", "case", "participant_id", "subject_id", "case_id")
 
@@ -264,7 +266,13 @@ def _case(name: str, images: Sequence[tuple[str, Path]], masks: Sequence[Path]) 
         found["mask"] = list(masks)
     single = {key: paths[0] for key, paths in found.items() if len(paths) == 1}
     several = {key: paths for key, paths in found.items() if len(paths) > 1}
-    return Case(name, {key: path for key, path in single.items() if key != "mask"}, single.get("mask"), several)
+    # macOS stores letters and their accents apart, where lists and other systems have them as one.
+    return Case(
+        unicodedata.normalize("NFC", name),
+        {key: path for key, path in single.items() if key != "mask"},
+        single.get("mask"),
+        several,
+    )
 
 
 def _words(name: str) -> list[re.Match]:
@@ -282,7 +290,9 @@ def _kind(name: str) -> str:
         if word in REGISTERED_TO and place and words[place - 1] in ALIASES:
             words = words[:place]
             break
-    return next((ALIASES[word] for word in reversed(words) if word in ALIASES), "")
+    place, word = next(((place, word) for place, word in reversed(list(enumerate(words))) if word in ALIASES), (0, ""))
+    enhanced = any(word in AGENT for word in words[max(0, place - 1) : place + 2])
+    return "T1ce" if canonical(word) == "T1w" and enhanced else canonical(word)
 
 
 def _subject(path: Path) -> str:

@@ -84,11 +84,13 @@ def read_volume(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
         raise ValueError(f"{name} cannot be read as NIfTI: it is damaged or something else ({reason}).") from error
     while voxels.ndim > 3 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
-    if voxels.ndim != 3:
-        raise ValueError(f"{name} has {voxels.ndim} dimensions ({sizes(voxels.shape)}): give one 3-D volume per file.")
     if voxels.size == 0:
         raise ValueError(
             f"{name} has no voxels ({sizes(voxels.shape)}): give a volume with an extent along every axis."
+        )
+    if voxels.ndim != 3:
+        raise ValueError(
+            f"{name} has {counted(voxels.ndim, 'dimension')} ({sizes(voxels.shape)}): give one 3-D volume per file."
         )
     if voxels.dtype.kind not in "biuf":
         raise ValueError(f"{name} stores {voxels.dtype} voxels: give a volume with one real number per voxel.")
@@ -162,7 +164,7 @@ def _compare_forms(image: nib.Nifti1Image, name: str) -> None:
         warnings.warn(
             f"{name}: sform and qform put its voxels up to {apart:.3g} mm apart; the sform is used.",
             DataWarning,
-            stacklevel=3,
+            stacklevel=1,
         )
 
 
@@ -217,7 +219,7 @@ def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
             f"{name}: {counted(count, 'voxel')} outside the head {'was' if count == 1 else 'were'} NaN or infinite, "
             "and read as 0.",
             DataWarning,
-            stacklevel=2,
+            stacklevel=1,  # one place, so that it is told once, whoever reads the file again
         )
         voxels[bad] = 0
     return voxels, image

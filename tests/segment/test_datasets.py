@@ -1,5 +1,6 @@
 import json
 import threading
+import unicodedata
 
 import numpy as np
 import pytest
@@ -121,6 +122,17 @@ def test_a_split_file_divides_the_cases_it_names_in_their_order(tmp_path):
     parts = {"train": ["c", "a"], "validation": ["b"], "test": ["d"]}
     assert split(tmp_path, parts) == {"train": ["a", "c"], "validation": ["b"], "test": ["d"]}
     assert split(tmp_path, {"train": ["a"]}) == {"train": ["a"], "validation": [], "test": []}
+
+
+def test_letters_with_accents_match_however_a_system_stores_them(tmp_path, phantoms):
+    for form in ("NFC", "NFD"):
+        folder = tmp_path / form
+        phantoms.save(folder / unicodedata.normalize(form, "Zoë") / "FLAIR.nii.gz", np.ones((2, 2, 2)))
+        cases, _ = list_cases(folder)
+        (folder / "split.json").write_text(json.dumps({"train": [unicodedata.normalize("NFD", "Zoë")]}))
+        assert [case.id for case in read_split(folder / "split.json", cases)["train"]] == [
+            "Zo\N{LATIN SMALL LETTER E WITH DIAERESIS}"
+        ]
 
 
 def test_a_fold_of_nnunet_is_a_split(tmp_path):

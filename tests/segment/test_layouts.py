@@ -177,6 +177,12 @@ def test_an_image_registered_to_another_is_not_that_other(tmp_path, put):
     assert list(found(tmp_path, tmp_path)["P1"]) == ["FLAIR", "T1w", "T2w"]
 
 
+@pytest.mark.parametrize("name", ["T1_Gd", "ce-gd_T1w", "T1-CE_pp", "3DT1GADO", "GADO_preprocessed", "t1c", "T1WKS"])
+def test_a_t1_with_contrast_agent_is_another_contrast(tmp_path, put, name):
+    put("P1/T1.nii.gz", f"P1/{name}.nii.gz")
+    assert found(tmp_path, tmp_path)["P1"] == {"T1w": "P1/T1.nii.gz", "T1ce": f"P1/{name}.nii.gz"}
+
+
 def test_of_the_masks_of_several_raters_only_a_consensus_is_clear(tmp_path, put):
     put("P1/FLAIR.nii.gz", "P1/mask1.nii.gz", "P1/mask2.nii.gz", "P1/Consensus.nii.gz")
     put("P2/FLAIR.nii.gz", "P2/mask1.nii.gz", "P2/mask2.nii.gz")
