@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rsanet.commands.common import DEFAULTS, Device, Model, PrecisionName, Roi
+from rsanet.commands.common import DEFAULTS, Device, Model, PrecisionName, Roi, Stopped
 from rsanet.segment.words import counted, sizes
 
 
@@ -87,9 +87,13 @@ def predict(
         window = f", window {' and '.join(window.words for window in result.windows)}" if whole_brain else ""
         typer.echo(f"{number}/{total}  {result.case} ({sizes(result.mask.shape)}): {_words(result)}{window}")
 
-    rows, failures = predict_cohort(
-        models, data, out, split=split, resume=resume, progress=progress, say=typer.echo, **written, **inference
-    )
+    try:
+        rows, failures = predict_cohort(
+            models, data, out, split=split, resume=resume, progress=progress, say=typer.echo, **written, **inference
+        )
+    except Stopped as stopped:
+        stopped.left = f" {out} keeps the masks that were done: give --resume to go on."
+        raise
     if not is_first():
         raise typer.Exit(1 if failures else 0)
     if failures:

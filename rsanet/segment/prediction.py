@@ -61,7 +61,7 @@ class Options:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """The lesions of one subject.
 
@@ -178,11 +178,12 @@ def predict_case(
     if "probability" in files:
         write_volume(probability, grid, files["probability"])
     if "preview" in files:
-        first = case.images[ensemble.contrasts[0]]
-        image = nib.Nifti1Image(read_image(first)[0], grid.affine)
+        contrast = ensemble.contrasts[0]
+        image = nib.Nifti1Image(read_image(case.images[contrast])[0], grid.affine)
         overlay = nib.Nifti1Image(mask, grid.affine)
         simulated = any(is_simulated(file) for file in paths_of(case))
-        draw_overlay(image, None, overlay, None, files["preview"], name=case.id, simulated=simulated)
+        words = {"name": case.id, "simulated": simulated, "contrast": contrast}
+        draw_overlay(image, None, overlay, None, files["preview"], **words)
     if "mask" in files:
         write_volume(mask, grid, files["mask"])
     return Prediction(

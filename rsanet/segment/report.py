@@ -164,6 +164,7 @@ def draw_overlay(
     protocol: Protocol = PROTOCOLS["custom"],
     slices: int = 2,
     simulated: bool = False,
+    contrast: str = "FLAIR",
 ) -> Path:
     """Draw one subject: the slices with most lesion, and the attention maps of the RSA block beside them.
 
@@ -178,6 +179,7 @@ def draw_overlay(
         protocol: how lesions are counted.
         slices: number of slices.
         simulated: whether to say that the data are simulated.
+        contrast: what to call the image.
 
     Returns:
         The path written.
@@ -185,7 +187,7 @@ def draw_overlay(
     view = View.of(flair, reference, prediction, affine=affine, name=name, protocol=protocol)
     rows = [(view, index, f"z = {view.height(index):.0f} mm") for index in view.slices(slices)]
     title = " · ".join(part for part in (name, _agreement(view)) if part)
-    return _draw(rows, title, attention_maps, out, protocol, simulated)
+    return _draw(rows, title, attention_maps, out, protocol, simulated, contrast)
 
 
 def draw_report(
@@ -241,6 +243,7 @@ def _draw(
     out: str | os.PathLike,
     protocol: Protocol,
     simulated: bool,
+    contrast: str = HEADINGS["flair"],
 ) -> Path:
     from matplotlib.figure import Figure
 
@@ -281,7 +284,9 @@ def _draw(
             if what == "prediction" or columns[column + 1 :] == ["detail"]:
                 _frame(axes, detail)
             if row == 0:
-                axes.set_title(HEADINGS[what], fontsize=11, color=COLOURS["text"], pad=5)
+                axes.set_title(
+                    contrast if what == "flair" else HEADINGS[what], fontsize=11, color=COLOURS["text"], pad=5
+                )
         figure.text(
             (left - 0.12) / width,
             1 - (y + panel_height / 2) / height,

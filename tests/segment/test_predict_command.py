@@ -1,9 +1,11 @@
 import csv
+import signal
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from rsanet.segment import cohort as cohorts
 from rsanet.segment import segmenter as segmenters
 
 
@@ -78,3 +80,11 @@ def test_a_checkpoint_of_the_published_code_is_told_what_to_become(images, tmp_p
     assert len(err.splitlines()) == 1
     assert "weights.pth is a PyTorch checkpoint" in err
     assert "rsanet.load_reference_checkpoint" in err
+
+
+def test_a_stopped_cohort_says_what_it_leaves(trained, cohort, tmp_path, rsanet, monkeypatch):
+    monkeypatch.setattr(cohorts, "predict_case", lambda *args, **options: signal.raise_signal(signal.SIGTERM))
+    code, _, err = rsanet("predict", trained, "--data", cohort, "-o", tmp_path / "out")
+    assert code == 143
+    kept = f"{tmp_path / 'out'} keeps the masks that were done: give --resume to go on."
+    assert err == f"rsanet: terminated. {kept}\n"

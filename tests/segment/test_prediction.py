@@ -13,11 +13,13 @@ from segment.bright import FP32, BrightOnFirst, segmenter, thresholded
 from rsa_kernels import use_backend
 from rsanet.checkpoints import save_model
 from rsanet.network import RSANet
+from rsanet.segment import prediction
 from rsanet.segment import segmenter as segmenters
 from rsanet.segment.datasets import Case
 from rsanet.segment.ensemble import Ensemble
 from rsanet.segment.evaluation import find_masks
 from rsanet.segment.prediction import Options, lesion_mask, name_images, predict, predict_case
+from rsanet.segment.report import draw_overlay
 from rsanet.segment.segmenter import Segmenter, lesion_probability
 
 
@@ -302,10 +304,18 @@ def test_the_probability_map_lies_beside_the_mask_and_is_taken_for_none(tmp_path
     }
 
 
-def test_the_preview_is_a_picture_beside_the_mask(tmp_path, phantoms):
+def test_the_preview_is_a_picture_beside_the_mask_that_names_its_contrast(tmp_path, phantoms, monkeypatch):
     images = write_images(tmp_path, phantoms, oblique())
-    predict(segmenter(), images, tmp_path / "mask.nii.gz", preview=True)
+    drawn = []
+
+    def draw(*args, **words):
+        drawn.append(words)
+        return draw_overlay(*args, **words)
+
+    monkeypatch.setattr(prediction, "draw_overlay", draw)
+    predict(segmenter(("T1w",), -2.0), images["T1w"], tmp_path / "mask.nii.gz", preview=True)
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == [{"name": "T1w.nii.gz", "simulated": False, "contrast": "T1w"}]
 
 
 @pytest.mark.parametrize("taken", ["mask.nii.gz", "mask_probseg.nii.gz", "mask.png"])
