@@ -4,14 +4,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from rsanet.segment.data import (
-    LoadCase,
-    NormalizeForeground,
-    foreground,
-    patch_transforms,
-    preparing_to_train,
-    preprocessing,
-)
+from rsanet.segment.data import LoadCase, NormalizeForeground, foreground, preprocessing
 from rsanet.segment.datasets import find_cases
 from rsanet.segment.layouts import Case
 
@@ -82,26 +75,6 @@ def test_spacing_resamples_image_and_mask(cohort):
     assert all(abs(2 * c - o) <= 3 for c, o in zip(coarse["image"].shape[1:], own["image"].shape[1:], strict=True))
     assert coarse["mask"].shape[1:] == coarse["image"].shape[1:]
     assert set(coarse["mask"].unique().tolist()) == {0, 1}
-
-
-def test_half_of_the_patches_are_centred_on_lesions_and_follow_the_seed(cohort):
-    prepared = preparing_to_train()(find_cases(cohort, require_mask=True)[0])
-
-    def patches(seed):
-        transform = patch_transforms((8, 8, 8))
-        transform.set_random_state(seed)
-        return [transform(prepared)[0] for _ in range(30)]
-
-    first, again, other = patches(1), patches(1), patches(2)
-    assert all(patch["image"].shape == (3, 8, 8, 8) for patch in first)
-    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, again, strict=True))
-    assert not all(torch.equal(a["image"], b["image"]) for a, b in zip(first, other, strict=True))
-    assert sum(bool(patch["mask"].any()) for patch in first) >= 15
-
-
-def test_a_volume_smaller_than_the_patch_is_padded(cohort):
-    prepared = preparing_to_train()(find_cases(cohort, require_mask=True)[0])
-    assert patch_transforms((40, 32, 48))(prepared)[0]["image"].shape == (3, 40, 32, 48)
 
 
 def test_contrasts_that_lie_apart_are_refused_before_anything_is_resampled(tmp_path, phantoms):
