@@ -279,20 +279,33 @@ def _words(name: str) -> list[re.Match]:
     return list(re.finditer(r"[^_\-. ]+", name))
 
 
-def _kind(name: str) -> str:
-    """What a name says that it names: a contrast, ``mask``, or nothing known."""
-    words = [word[0].lower() for word in _words(name)]
+def _read_name(name: str) -> tuple[str, str]:
+    """What a name says that it names, a contrast, ``mask`` or nothing known, and what stands before that."""
+    matches = _words(name)
+    words = [match[0].lower() for match in matches]
     if any(word in NO_SCAN for word in words):
-        return ""
-    if any(MASK.fullmatch(word) for word in words):
-        return "" if any(OTHER_MASK.fullmatch(word) for word in words) else "mask"
+        return "", name
+    masks = [place for place, word in enumerate(words) if MASK.fullmatch(word)]
+    if masks and any(OTHER_MASK.fullmatch(word) for word in words):
+        return "", name
     for place, word in enumerate(words):
         if word in REGISTERED_TO and place and words[place - 1] in ALIASES:
             words = words[:place]
             break
-    place, word = next(((place, word) for place, word in reversed(list(enumerate(words))) if word in ALIASES), (0, ""))
-    enhanced = any(word in AGENT for word in words[max(0, place - 1) : place + 2])
-    return "T1ce" if canonical(word) == "T1w" and enhanced else canonical(word)
+    contrasts = [place for place, word in enumerate(words) if word in ALIASES]
+    if not masks and not contrasts:
+        return "", name
+    start = masks[0] if masks else contrasts[-1]
+    kind = "mask" if masks else ALIASES[words[start]]
+    if kind == "T1w" and any(word in AGENT for word in words[max(0, start - 1) : start + 2]):
+        kind = "T1ce"
+        while start and words[start - 1] in AGENT:
+            start -= 1
+    return kind, name[: matches[start].start()].rstrip("_-. ")
+
+
+def _kind(name: str) -> str:
+    return _read_name(name)[0]
 
 
 def _subject(path: Path) -> str:
@@ -300,14 +313,7 @@ def _subject(path: Path) -> str:
     name = stem(path)
     if entities := re.match(r"sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?", name):
         return entities[0]
-    kind = _kind(name)
-    holds = [
-        word
-        for word in _words(name)
-        if (MASK.fullmatch(word[0].lower()) if kind == "mask" else ALIASES.get(word[0].lower()) == kind)
-    ]
-    end = (holds[0] if kind == "mask" else holds[-1]).start() if holds else len(name)
-    return name[:end].rstrip("_-. ") or path.resolve().parent.name
+    return _read_name(name)[1] or path.resolve().parent.name
 
 
 def _read_text(path: Path) -> str:

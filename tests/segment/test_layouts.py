@@ -179,8 +179,11 @@ def test_an_image_registered_to_another_is_not_that_other(tmp_path, put):
 
 @pytest.mark.parametrize("name", ["T1_Gd", "ce-gd_T1w", "T1-CE_pp", "3DT1GADO", "GADO_preprocessed", "t1c", "T1WKS"])
 def test_a_t1_with_contrast_agent_is_another_contrast(tmp_path, put, name):
-    put("P1/T1.nii.gz", f"P1/{name}.nii.gz")
-    assert found(tmp_path, tmp_path)["P1"] == {"T1w": "P1/T1.nii.gz", "T1ce": f"P1/{name}.nii.gz"}
+    put("folders/P1/T1.nii.gz", f"folders/P1/{name}.nii.gz", "flat/P1_T1.nii.gz", f"flat/P1_{name}.nii.gz")
+    root = tmp_path / "folders"
+    assert found(root, root) == {"P1": {"T1w": "P1/T1.nii.gz", "T1ce": f"P1/{name}.nii.gz"}}
+    root = tmp_path / "flat"
+    assert found(root, root) == {"P1": {"T1w": "P1_T1.nii.gz", "T1ce": f"P1_{name}.nii.gz"}}
 
 
 def test_of_the_masks_of_several_raters_only_a_consensus_is_clear(tmp_path, put):
