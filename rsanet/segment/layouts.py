@@ -176,8 +176,7 @@ def read_folder(folder: Path) -> list[Case]:
     for subject in [name for name in masks if name not in flat]:
         if (shorter := _subject(Path(subject))) in flat:  # SUBJECT_FLAIR_mask
             masks.setdefault(shorter, []).extend(masks.pop(subject))
-    cases += [_case(name, flat.get(name, []), masks.get(name, [])) for name in sorted(flat.keys() | masks.keys())]
-    return cases if any(case.images or case.several.keys() - {"mask"} for case in cases) else []
+    return cases + [_case(name, flat.get(name, []), masks.get(name, [])) for name in sorted(flat.keys() | masks.keys())]
 
 
 def read_table(path: Path) -> list[Case]:

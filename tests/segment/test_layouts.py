@@ -172,6 +172,16 @@ def test_the_folder_of_one_subject_is_a_case_of_its_name(tmp_path, put):
     assert found(tmp_path / "P7", tmp_path) == {"P7": {"FLAIR": "P7/FLAIR.nii.gz", "mask": "P7/mask.nii.gz"}}
 
 
+def test_the_name_of_a_subject_says_nothing_of_what_a_file_holds(tmp_path, put):
+    put("manual_1/manual_1_FLAIR.nii.gz", "T2/T2_flair.nii.gz")
+    assert [list(images) for images in found(tmp_path, tmp_path).values()] == [["FLAIR"], ["FLAIR"]]
+
+
+def test_a_folder_of_masks_alone_is_refused(tmp_path, put):
+    put("a_mask.nii.gz", "b_mask.nii.gz")
+    refused(tmp_path, "has no images of its 2 cases")
+
+
 def test_an_image_registered_to_another_is_not_that_other(tmp_path, put):
     put("P1/FLAIR.nii.gz", "P1/T1_to_FLAIR.nii.gz", "P1/T2_in_FLAIR.nii.gz")
     assert list(found(tmp_path, tmp_path)["P1"]) == ["FLAIR", "T1w", "T2w"]
