@@ -79,6 +79,8 @@ def test_patients_are_not_symmetric_though_the_template_is(patient):
     assert np.corrcoef(t1.ravel(), t1[::-1].ravel())[0, 1] < 0.97
     brain = t1 > 0
     assert (brain ^ brain[::-1]).sum() / brain.sum() > 0.02
+    bend = draw_warp(stream(SEED, "shape"), load_anatomy(), AT_2_MM).displacement[1]
+    assert (bend - bend.flip(0)).std() > 1, "not by their position alone"
 
 
 # --- lesions ------------------------------------------------------------------------------------------------

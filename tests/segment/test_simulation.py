@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from rsanet.segment.datasets import list_cases
+from rsanet.segment.datasets import list_cases, read_split
 from rsanet.segment.scenario import KINDS, Scenario
 from rsanet.segment.simulation import anatomy, cohort, simulate, subject_seed
 from rsanet.segment.simulation.painting import SMALLEST_LESION
@@ -238,7 +238,10 @@ def test_the_split_names_every_case_once_and_keeps_the_sessions_of_a_subject_tog
         "validation": [],
         "test": ["sub-002_ses-01", "sub-002_ses-02"],
     }
-    assert sorted(case for part in split.values() for case in part) == [case.id for case in list_cases(pairs)[0]]
+    cases = list_cases(pairs)[0]
+    assert sorted(case for part in split.values() for case in part) == [case.id for case in cases]
+    read = read_split(pairs / "split.json", cases)
+    assert {part: [case.id for case in read[part]] for part in read} == split, "as `rsanet train --split` reads it"
 
 
 def test_a_growing_cohort_leaves_its_subjects_in_their_parts(tmp_path):

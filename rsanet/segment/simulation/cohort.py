@@ -109,7 +109,7 @@ def simulate(
     names = [_name(number) for number in range(1, subjects + 1)]
     description = _description(seed, scenario)
     _check_folder(out, description)
-    known = {folder.name: _read_subject(out, folder.name, scenario) for folder in out.glob("sub-*")}
+    known = {folder.name: _read_subject(out, folder.name, scenario) for folder in out.glob("sub-[0-9][0-9][0-9]")}
     parts = None if split is None else _split_cases({*names, *known}, scenario, split)
     if parts is not None:
         check_kept(out / SPLIT_NAME, parts)
@@ -188,9 +188,7 @@ def _check_folder(out: Path, description: dict[str, Any]) -> None:
         return
     try:
         there = json.loads(file.read_text())
-        made = there["GeneratedBy"][0]
-        wanted = description["GeneratedBy"][0]
-        made, wanted = (_flat(entry) for entry in (made, wanted))
+        made, wanted = _flat(there["GeneratedBy"][0]), _flat(description["GeneratedBy"][0])
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{out} holds another data set: give a new or an empty folder.") from None
     if there != description:
