@@ -310,7 +310,7 @@ def _kind(name: str) -> str:
 def _subject(path: Path) -> str:
     """The subject that a file name begins with, or that of its folder where the name begins with what it holds."""
     name = stem(path)
-    if entities := re.match(r"sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?", name):
+    if entities := re.match(r"sub-[^\W_]+(_ses-[^\W_]+)?", name):
         return entities[0]
     return _read_name(name)[1] or path.resolve().parent.name
 

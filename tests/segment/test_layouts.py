@@ -167,6 +167,12 @@ def test_a_flat_folder_is_grouped_by_what_stands_before_the_contrast(tmp_path, p
     }
 
 
+def test_a_flat_folder_of_bids_names_is_grouped_by_subject_and_session(tmp_path, put):
+    first, second = "sub-1_ses-2_FLAIR.nii.gz", "sub-1_ses-2_space-FLAIR_T1w.nii.gz"
+    put(first, second)
+    assert found(tmp_path, tmp_path) == {"sub-1_ses-2": {"FLAIR": first, "T1w": second}}
+
+
 def test_the_folder_of_one_subject_is_a_case_of_its_name(tmp_path, put):
     put("P7/FLAIR.nii.gz", "P7/mask.nii.gz")
     assert found(tmp_path / "P7", tmp_path) == {"P7": {"FLAIR": "P7/FLAIR.nii.gz", "mask": "P7/mask.nii.gz"}}
