@@ -276,7 +276,9 @@ def test_a_text_in_another_encoding_is_refused(tmp_path):
     refused(tmp_path / "list.csv", "not a text in UTF-8")
 
 
-@pytest.mark.parametrize("name", ["../../a", "a/b", "a\\\\b", "/a", "..", ".hidden", "a\\u0000", "a\\nb", "a" * 200])
+@pytest.mark.parametrize(
+    "name", ["../../a", "a/b", "a\\\\b", "/a", "..", "a..b", ".hidden", "a\\u0000", "a\\nb", "a" * 200]
+)
 def test_a_name_that_would_lead_a_mask_astray_is_refused(put, name):
     path = put("list.json", content=f'[{{"id": "{name}", "FLAIR": "x.nii"}}]')
     refused(path, "has a case named .*, and files are named by it")
