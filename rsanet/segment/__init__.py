@@ -1,13 +1,20 @@
 """Lesion segmentation from files to scores, from Python as from the command. Needs the extra ``segment``.
 
-``train``, ``predict``, ``evaluate`` and ``simulate`` do what the verbs of the ``rsanet`` command do. They load when
-they are first used, so that importing this package takes no time.
+``train``, ``predict``, ``evaluate`` and ``simulate`` do what the verbs of the ``rsanet`` command do, and
+``predict_cohort`` what ``rsanet predict --data`` does. They load when they are first used, so that importing this
+package takes no time.
 """
 
 from importlib import import_module
 from typing import Any
 
-_HOMES = {"simulate": "simulation", "train": "training", "predict": "prediction", "evaluate": "evaluation"}
+_HOMES = {
+    "simulate": "simulation",
+    "train": "training",
+    "predict": "prediction",
+    "predict_cohort": "cohort",
+    "evaluate": "evaluation",
+}
 
 __all__ = list(_HOMES)
 

@@ -14,7 +14,7 @@ from segment.bright import segmenter
 from rsanet.segment import cohort as cohorts
 from rsanet.segment import processes
 from rsanet.segment.cohort import predict_cohort, read_ahead
-from rsanet.segment.processes import Processes
+from rsanet.segment.processes import Processes, own_device
 
 
 def table(folder):
@@ -236,3 +236,23 @@ def test_where_the_first_process_cannot_go_on_the_others_end_without_a_word(monk
         Processes(1, 2).decided_first(refuse)
     assert end.value.code == 1
     assert sent == [[None], [None]]
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_device("auto") == "auto"  # not under torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    for local_rank, device in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert own_device("auto") == device
+    assert own_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert own_device("auto") == "auto"
+
+
+def test_the_package_has_the_functions_behind_the_command():
+    import rsanet.segment
+    from rsanet.segment.prediction import predict
+
+    assert rsanet.segment.predict is predict
+    assert rsanet.segment.predict_cohort is predict_cohort
