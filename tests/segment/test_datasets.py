@@ -1,5 +1,6 @@
 import json
 import threading
+import time
 import unicodedata
 
 import numpy as np
@@ -100,10 +101,16 @@ def test_an_interrupted_check_reads_no_further_case(cohort, monkeypatch):
 
     def check(case, contrasts, *, require_mask):
         seen.append(case.id)
-        raise KeyboardInterrupt
+        if len(seen) > 1:
+            time.sleep(0.3)
+
+    def bar(results, *args, **options):
+        for _ in results:
+            raise KeyboardInterrupt  # by Ctrl-C, while the bar is drawn
 
     monkeypatch.setattr(datasets.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(datasets, "check_case", check)
+    monkeypatch.setattr(datasets, "tqdm", bar)
     with pytest.raises(KeyboardInterrupt):
         find_cases(cohort, require_mask=True)
     assert len(seen) < 4
