@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rsanet.commands.common import Stopped
 from rsanet.segment.recipe import triple
 from rsanet.segment.scenario import CONTRASTS, KINDS, LOADS, PLANES, Scenario
 from rsanet.segment.words import counted
@@ -67,7 +68,11 @@ def simulate(
         later = f"; later {counted(subject.new_lesion_count, 'new lesion')}" if scenario.sessions > 1 else ""
         typer.echo(f"{line}, {subject.lesion_load_mm3:g} mm³{later}")
 
-    simulate(out, subjects, scenario, seed=seed, split=split or None, progress=progress)
+    try:
+        simulate(out, subjects, scenario, seed=seed, split=split or None, progress=progress)
+    except Stopped as stopped:
+        stopped.left = f" The same command completes {out}." if out.is_dir() else ""
+        raise
     typer.echo(f"{out} holds {counted(subjects, 'simulated patient')}.")
     option = f" --split {shlex.quote(str(out / SPLIT_NAME))}" if split else ""
     typer.echo(f"To train on them: rsanet train {shlex.quote(str(out))}{option} -o run")

@@ -71,11 +71,13 @@ def test_images_of_two_sessions_differ_where_lesions_do_and_nowhere_else(pair):
     assert not gone.any() or change[gone].mean() < -60
 
 
-def test_bias_and_noise_are_drawn_anew_in_every_session():
-    first, second = simulate_patient(SEED, replace(PAIR, load="none", noise=0.05, bias=0.1)).sessions
-    quiet = simulate_patient(SEED, replace(PAIR, load="none")).sessions[0].images["FLAIR"].astype(float)
+@pytest.mark.parametrize("disturbance", [{"bias": 0.1}, {"noise": 0.05}])
+def test_bias_and_noise_are_drawn_anew_in_every_session(disturbance):
+    first, second = simulate_patient(SEED, replace(PAIR, load="none", **disturbance)).sessions
+    quiet = simulate_patient(SEED, replace(PAIR, load="none", sessions=1)).sessions[0].images["FLAIR"].astype(float)
     brain = quiet > 100
     errors = [session.images["FLAIR"][brain] - quiet[brain] for session in (first, second)]
+    assert min(error.std() for error in errors) > 10
     assert abs(np.corrcoef(*errors)[0, 1]) < 0.5
 
 
@@ -87,6 +89,7 @@ def test_lesions_are_drawn_clear_of_those_that_are_there():
     places = {tuple(lesion.centre) for lesion in before}
     new = [lesion for lesion in after if tuple(lesion.centre) not in places]
     assert new
+    assert places - {tuple(lesion.centre) for lesion in after}, "some vanish"
     for lesion in new:
         for other in (*before, *after):
             if other is not lesion:

@@ -4,6 +4,8 @@ import csv
 import gzip
 import hashlib
 import json
+import os
+import signal
 import sys
 
 import nibabel
@@ -285,6 +287,13 @@ def test_the_command_reports_each_subject_and_what_to_do_next(rsanet, tmp_path):
     status, printed, _ = rsanet("simulate", out, "--subjects", "1", *options)
     assert status == 0
     assert printed.splitlines()[-1] == f"To train on them: rsanet train '{out}' -o run"
+
+
+def test_a_stopped_command_says_how_to_go_on(rsanet, tmp_path, monkeypatch):
+    monkeypatch.setattr(cohort, "simulate_patient", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    status, _, error = rsanet("simulate", tmp_path / "cohort", "--subjects", "1")
+    assert status == 130
+    assert error == f"rsanet: interrupted. The same command completes {tmp_path / 'cohort'}.\n"
 
 
 @pytest.mark.parametrize(
