@@ -12,7 +12,9 @@ from monai.transforms import (
     CropForegroundd,
     EnsureTyped,
     FgBgToIndicesd,
+    Identityd,
     Lambdad,
+    OneOf,
     Orientationd,
     Rand3DElasticd,
     RandAdjustContrastd,
@@ -182,7 +184,8 @@ def patch_transforms(patch: Sequence[int], *, augment: bool = True) -> Preparati
         steps += [
             *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
             RandAffined(keys, prob=0.2, rotate_range=(0.3,) * 3, scale_range=(0.15,) * 3, **resampled),
-            Rand3DElasticd(keys, prob=0.1, sigma_range=(4, 6), magnitude_range=(30, 100), **resampled),
+            # It resamples whenever it is called, bent or not; so it is called where it bends.
+            OneOf([Identityd(keys), Rand3DElasticd(keys, (4, 6), (30, 100), prob=1, **resampled)], weights=(0.9, 0.1)),
             RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0)),
             RandGaussianSmoothd("image", prob=0.1, sigma_x=(0.4, 1.0), sigma_y=(0.4, 1.0), sigma_z=(0.4, 1.0)),
             RandBiasFieldd("image", prob=0.15, coeff_range=(0.0, 0.2)),

@@ -155,9 +155,11 @@ def _free_of_system() -> int | None:
 def _free_of_container() -> int | None:
     folder = Path("/sys/fs/cgroup")
     try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+        most, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        counted = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such group, or no limit
         return None
+    return most - used + int(counted.get("inactive_file", 0))  # the cache of files gives way
 
 
 def meminfo() -> dict[str, int]:

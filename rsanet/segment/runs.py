@@ -22,7 +22,8 @@ class Run:
     """A run folder.
 
     Attributes:
-        model: the best weights on the held-out cases, which predict takes; the last ones where none are held out.
+        model: the best weights on the held-out cases, or their average, which predict takes; the last where none are
+            held out.
         last: the weights of the last validated step, as the optimizer left them.
         average: their moving average.
         config: the recipe, the cases and the versions, as YAML.
@@ -133,18 +134,22 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = [row["step"] for row in rows]
-    scores = [(row["step"], row["dice"]) for row in rows if row["dice"] != ""]
+    lines = {"dice": "weights", "dice_ema": "their average"}
+    scores = {words: [row[name] for row in rows] for name, words in lines.items() if rows[0].get(name, "") != ""}
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     loss, dice = figure.subplots(2, 1, sharex=True) if scores else (figure.subplots(), None)
     loss.plot(steps, [row["loss"] for row in rows], color="#0072B2", marker=".")
     loss.set_ylabel("training loss")
     if dice is not None:
-        best = max(scores, key=lambda score: score[1])
-        dice.plot(*zip(*scores, strict=True), color="#D55E00", marker=".")
-        dice.plot(*best, color="black", marker="o", fillstyle="none", linestyle="none", markersize=10)
-        dice.annotate(f"best {best[1]:.3f}", best, xytext=(0, -16), textcoords="offset points", ha="center")
+        for words, colour in zip(scores, ("#D55E00", "#009E73"), strict=False):
+            dice.plot(steps, scores[words], color=colour, marker=".", label=words)
+        top, step = max((value, step) for values in scores.values() for value, step in zip(values, steps, strict=True))
+        dice.plot(step, top, color="black", marker="o", fillstyle="none", markersize=10)
+        dice.annotate(f"best {top:.3f}", (step, top), xytext=(0, -16), textcoords="offset points", ha="center")
         dice.set_ylabel("held-out Dice")
         dice.set_ylim(0, 1)
+        if len(scores) > 1:
+            dice.legend(frameon=False)
     (dice or loss).set_xlabel("step")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
@@ -164,7 +169,7 @@ class TensorBoard:
     def add(self, row: Mapping[str, Any]) -> None:
         """The numbers of a row of the log."""
         if self.writer:
-            for name in ("loss", "dice", "lr"):
-                if row[name] != "":
+            for name in ("loss", "dice", "dice_ema", "lr"):
+                if row.get(name, "") != "":
                     self.writer.add_scalar(name, float(row[name]), row["step"])
             self.writer.flush()

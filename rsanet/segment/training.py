@@ -110,12 +110,13 @@ class Progress:
         """Seconds of training, those before an interruption included."""
         return self.seconds + time.perf_counter() - self.started
 
-    def log(self, score: float | None, rate: float) -> dict[str, Any]:
+    def log(self, scores: Mapping[str, float | None], rate: float) -> dict[str, Any]:
         """Adds a row, and says by ``validations_since_best`` whether it is the best."""
+        score = max((score for score in scores.values() if score is not None), default=None)
         row = {
             "step": self.step,
             "loss": round(sum(self.losses) / len(self.losses), 5),
-            "dice": "" if score is None else round(score, 5),
+            **{name: "" if score is None else round(score, 5) for name, score in scores.items()},
             "lr": float(f"{rate:.3g}"),
             "seconds": round(self.elapsed(), 1),
         }
@@ -441,8 +442,40 @@ class Session:
         return parts
 
     def validate(self, board: TensorBoard | None) -> None:
-        """Scores the held-out cases, whole volumes as `rsanet predict` does, and saves log and weights."""
-        network = self.network if self.average is None else self.average.module
+        """Scores the weights and their average on the held-out cases, and saves the log and all weights."""
+        networks = {"dice": self.network}
+        if self.average is not None:
+            networks["dice_ema"] = self.average.module
+        scores = {name: self.score(network) for name, network in networks.items()}
+        row = self.progress.log(scores, self.optimizer.param_groups[0]["lr"])
+        if board is None:
+            return
+        save_model(self.network, self.run.last, self.extra)
+        if self.average is not None:
+            save_model(self.average.module, self.run.average, self.extra)
+        best = self.progress.validations_since_best == 0
+        if best:
+            # The average lags behind the weights of a short run, and is ahead of them in a long one.
+            better = max(networks, key=lambda name: -math.inf if scores[name] is None else scores[name])
+            save_model(networks[better], self.run.model, self.extra)
+        self.run.write_log(self.progress.rows)
+        board.add(row)
+        note = "".join(
+            f"{words} {scores[name]:.3f}"
+            for name, words in (("dice", "  held-out Dice"), ("dice_ema", ", of the average"))
+            if scores.get(name) is not None
+        )
+        left = row["seconds"] / row["step"] * (self.recipe.steps - row["step"])
+        tqdm.write(
+            f"step {row['step']:>5}/{self.recipe.steps}  loss {row['loss']:.3f}{note}"
+            f"{' (best, saved)' if note and best else ''}  "
+            f"{duration(row['seconds'])}{f', {duration(left)} left' if left else ''}",
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
+
+    def score(self, network: RSANet) -> float | None:
+        """Mean Dice on the held-out cases, whole volumes predicted as `rsanet predict` does; None without any."""
         for parameter in network.parameters():
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"The weights are not finite at step {self.progress.step}: give a lower --lr.")
@@ -454,27 +487,7 @@ class Session:
             scores.append(dice(probability[0] > 0.5, case["mask"] > 0))
         self.network.train()
         scores = [score for part in self.gathered(scores) for score in part]
-        score = sum(scores) / len(scores) if scores else None
-        rate = self.optimizer.param_groups[0]["lr"]
-        row = self.progress.log(score, rate)
-        if board is None:
-            return
-        best = self.progress.validations_since_best == 0
-        save_model(self.network, self.run.last, self.extra)
-        if self.average is not None:
-            save_model(network, self.run.average, self.extra)
-        if best:
-            save_model(network, self.run.model, self.extra)
-        self.run.write_log(self.progress.rows)
-        board.add(row)
-        note = f"  held-out Dice {score:.3f}{' (best, saved)' if best else ''}" if scores else ""
-        left = row["seconds"] / row["step"] * (self.recipe.steps - row["step"])
-        tqdm.write(
-            f"step {row['step']:>5}/{self.recipe.steps}  loss {row['loss']:.3f}{note}  "
-            f"{duration(row['seconds'])}{f', {duration(left)} left' if left else ''}",
-            file=sys.stdout,
-        )
-        sys.stdout.flush()
+        return sum(scores) / len(scores) if scores else None
 
     def words(self) -> str:
         """For the progress bar: the loss of the last steps, and the last Dice."""

@@ -103,7 +103,7 @@ def test_only_the_best_weights_are_kept(cohort, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "dice", lambda prediction, mask: next(scores))
     monkeypatch.setattr(training, "save_model", note)
-    training.train(cohort, tmp_path, Recipe(steps=3, validate_every=1, **SMALL))
+    training.train(cohort, tmp_path, Recipe(steps=3, validate_every=1, ema=0.0, **SMALL))
     assert [row["dice"] for row in rows(tmp_path)] == ["0.5", "0.9", "0.1"]
     assert len(saved) == 2
     assert same(weights(tmp_path), saved[1])
@@ -283,24 +283,29 @@ def test_two_processes_have_the_loss_curve_of_one(cohort, tmp_path):
 def test_a_run_without_a_better_dice_ends_early(cohort, tmp_path, monkeypatch, capsys):
     scores = iter([0.5, 0.4, 0.6, 0.1, 0.2])
     monkeypatch.setattr(training, "dice", lambda prediction, mask: next(scores))
-    training.train(cohort, tmp_path, Recipe(steps=9, validate_every=1, patience=2, **SMALL))
+    training.train(cohort, tmp_path, Recipe(steps=9, validate_every=1, patience=2, ema=0.0, **SMALL))
     assert [row["dice"] for row in rows(tmp_path)] == ["0.5", "0.4", "0.6", "0.1", "0.2"]
     assert "No better Dice in 2 validations" in capsys.readouterr().out
     training.train(cohort, tmp_path, resume=True)
     assert len(rows(tmp_path)) == 5
 
 
-def test_the_average_lags_behind_the_weights_and_is_what_is_validated(cohort, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        training, "lesion_probability", lambda network, image, *rest: seen.append(network) or torch.zeros(image.shape)
-    )
+def test_the_average_lags_behind_the_weights(cohort, tmp_path):
     training.train(cohort, tmp_path / "average", Recipe(steps=3, **SMALL))
     assert not same(weights(tmp_path / "average", "ema"), weights(tmp_path / "average", "last"))
-    assert same(seen[-1].state_dict(), weights(tmp_path / "average", "ema"))
     training.train(cohort, tmp_path / "plain", Recipe(steps=3, ema=0.0, **SMALL))
     assert not (tmp_path / "plain" / "ema.safetensors").exists()
     assert same(weights(tmp_path / "plain", "last"), weights(tmp_path / "average", "last"))
+
+
+@pytest.mark.parametrize(("dices", "kept"), [((0.4, 0.6), "ema"), ((0.6, 0.4), "last")])
+def test_the_better_of_weights_and_average_is_the_model(cohort, tmp_path, monkeypatch, capsys, dices, kept):
+    scores = iter(dices)
+    monkeypatch.setattr(training, "dice", lambda prediction, mask: next(scores))
+    training.train(cohort, tmp_path, Recipe(steps=2, validate_every=2, **SMALL))
+    assert same(weights(tmp_path), weights(tmp_path, kept))
+    assert [(row["dice"], row["dice_ema"]) for row in rows(tmp_path)] == [tuple(map(str, dices))]
+    assert f"held-out Dice {dices[0]:.3f}, of the average {dices[1]:.3f} (best, saved)" in capsys.readouterr().out
 
 
 def test_the_average_forgets_its_first_steps_sooner():
@@ -368,8 +373,8 @@ def test_tensorboard_gets_the_log_where_it_is_installed(tmp_path, monkeypatch):
     module = types.SimpleNamespace(SummaryWriter=lambda folder: written.append(folder) or writer)
     monkeypatch.setattr(runs, "find_spec", lambda name: name == "tensorboard")
     monkeypatch.setattr(runs, "import_module", lambda name: module)
-    runs.TensorBoard(tmp_path).add({"step": 4, "loss": 0.5, "dice": "", "lr": 0.1, "seconds": 3})
-    assert written == [tmp_path / "tensorboard", ("loss", 0.5, 4), ("lr", 0.1, 4)]
+    runs.TensorBoard(tmp_path).add({"step": 4, "loss": 0.5, "dice": "", "dice_ema": 0.7, "lr": 0.1, "seconds": 3})
+    assert written == [tmp_path / "tensorboard", ("loss", 0.5, 4), ("dice_ema", 0.7, 4), ("lr", 0.1, 4)]
     monkeypatch.setattr(runs, "find_spec", lambda name: None)
     runs.TensorBoard(tmp_path).add({})
 
