@@ -17,13 +17,14 @@ $(VENV)/installed: pyproject.toml setup.py Makefile $(wildcard csrc/*/*)
 	touch $@
 
 # Simulates a small cohort at 2 mm, trains a narrow RSANet, predicts patients that it never saw, and draws them. With the
-# published attention scale of 1 the maps of so short a run pick single slices; the smaller one keeps them graded.
+# published attention scale of 1 the maps of so short a run pick single slices; the smaller one keeps them graded. So
+# short a run has no time for augmentation either.
 demo: install
 	rm -rf demo
 	$(RUN)/rsanet simulate demo/train --subjects 12 --spacing 2 --seed 1
 	$(RUN)/rsanet simulate demo/test --subjects 3 --spacing 2 --seed 1000
 	$(RUN)/rsanet train demo/train -o demo/run --channels 8 16 32 64 --patch 48 --steps 300 --lr 4e-3 --dropout 0 \
-		--attention-scale 0.005
+		--attention-scale 0.005 --no-augment
 	$(RUN)/rsanet predict demo/run --data demo/test -o demo/predictions
 	$(RUN)/rsanet evaluate demo/predictions demo/test --csv demo/scores.csv
 	$(RUN)/rsanet report demo/report.png --data demo/test --pred demo/predictions --model demo/run

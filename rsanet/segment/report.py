@@ -1,6 +1,7 @@
 """A picture of a prediction: FLAIR slices, the reference, hits, misses and false lesions, and the attention maps."""
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ SIMULATED = "simulated data: no clinical meaning"
 
 PANEL = 2.6  # inches; width of an image panel
 GAP = 0.06
+NOTE_LINE = 0.14  # inches; a line of the note at the foot
+LETTERS = 17  # of the note to the inch
 MAP_GAP = 0.62  # inches; between two attention maps, for their words
 DETAIL_MM = 50.0  # width of the enlarged detail
 
@@ -260,14 +263,18 @@ def _draw(
     wide, high = (max(crop[axis][1] - crop[axis][0] for crop in crops) for axis in (0, 1))
     panel_height = PANEL * high / wide
     left = 0.27 + 0.16 * max(1 + label.count("\n") for _, _, label in rows)
-    top, bottom = 0.98, 0.66
+    top, bottom = 0.98, 0.52
     body = len(rows) * (panel_height + GAP) - GAP
     side = min(2.0, (body + 0.3) / len(maps) - MAP_GAP) if maps else 0.0
     if maps and side < 1.2:
         side = 1.2
         body = len(maps) * (side + MAP_GAP) - 0.3
     width = left + len(columns) * (PANEL + GAP) + (side + 1.45 if maps else 0.1)
-    height = top + body + bottom
+    note = "Radiological view: the patient's right (R) is on the left."
+    if any(view.metrics is not None for view, _, _ in rows):
+        note += " " + protocol.describe()
+    lines = textwrap.wrap(note, int((width - left) * LETTERS))
+    height = top + body + bottom + NOTE_LINE * len(lines)
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
 
     def place(x: float, y: float, w: float, h: float) -> "Axes":
@@ -303,7 +310,7 @@ def _draw(
     for number, (name, values) in enumerate(maps.items()):
         y = top + number * (side + MAP_GAP)
         _draw_map(place(x, y, side, side), place(x + side + 0.07, y, 0.09, side), name, values)
-    _write_words(figure, rows, title, columns, protocol, simulated, left, width, height)
+    _write_words(figure, title, columns, lines, simulated, left, width, height)
     with files.written_beside(out) as partial:
         figure.savefig(partial, facecolor="white")
     return out
@@ -311,10 +318,9 @@ def _draw(
 
 def _write_words(
     figure: "Figure",
-    rows: Sequence[tuple[View, int, str]],
     title: str,
     columns: Sequence[str],
-    protocol: Protocol,
+    note: Sequence[str],
     simulated: bool,
     left: float,
     width: float,
@@ -339,7 +345,7 @@ def _write_words(
         figure.legend(
             handles=handles,
             loc="lower left",
-            bbox_to_anchor=(left / width, 0.30 / height),
+            bbox_to_anchor=(left / width, (0.16 + NOTE_LINE * len(note)) / height),
             borderaxespad=0,
             borderpad=0,
             ncols=4,
@@ -350,10 +356,8 @@ def _write_words(
             columnspacing=1.6,
             labelcolor=COLOURS["text"],
         )
-    words = "Radiological view: the patient's right (R) is on the left."
-    if any(view.metrics is not None for view, _, _ in rows):
-        words += " " + protocol.describe()
-    write(left, height - 0.14, words, fontsize=8, color=COLOURS["quiet"])
+    for number, line in enumerate(reversed(note)):
+        write(left, height - NOTE_LINE * (number + 1), line, fontsize=8, color=COLOURS["quiet"])
 
 
 def _checked_maps(

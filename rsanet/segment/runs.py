@@ -145,7 +145,9 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             dice.plot(steps, scores[words], color=colour, marker=".", label=words)
         top, step = max((value, step) for values in scores.values() for value, step in zip(values, steps, strict=True))
         dice.plot(step, top, color="black", marker="o", fillstyle="none", markersize=10)
-        dice.annotate(f"best {top:.3f}", (step, top), xytext=(0, -16), textcoords="offset points", ha="center")
+        label = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        place = {"xytext": (0, -18), "textcoords": "offset points", "ha": "right" if step == steps[-1] else "center"}
+        dice.annotate(f"best {top:.3f}", (step, top), bbox=label, **place)
         dice.set_ylabel("held-out Dice")
         dice.set_ylim(0, 1)
         if len(scores) > 1:
