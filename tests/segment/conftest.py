@@ -1,4 +1,5 @@
 import json
+import signal
 
 import nibabel as nib
 import numpy as np
@@ -58,6 +59,14 @@ def write_cohort(root, subjects, seed=0):
     description = {"Name": "phantoms", "GeneratedBy": [{"Name": "rsanet simulate"}]}
     (root / "dataset_description.json").write_text(json.dumps(description))
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Ctrl-C reaches the tests that send it, although a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
