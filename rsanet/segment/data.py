@@ -36,7 +36,7 @@ from monai.transforms import (
 from torch import Tensor
 
 from rsanet.segment.layouts import Case
-from rsanet.segment.volumes import check_views, read_image, read_mask, same_grid, tissue_mask
+from rsanet.segment.volumes import ROUNDING, check_views, read_image, read_mask, same_grid, tissue_mask
 
 # Stored as (z, y, x), the network's axis names are anatomically true: "axial" runs from inferior to superior.
 ORIENTATION = "SAR"
@@ -102,6 +102,8 @@ class LoadCase(Transform):
                 volume = SpatialResample(mode="bilinear", padding_mode="zeros")(
                     volume, dst_affine=torch.from_numpy(grid.affine), spatial_size=grid.shape[:3]
                 )
+                # Beside the background, an interpolation at the very voxels leaves next to 0 what was 0.
+                volume = torch.where(volume.abs() < ROUNDING * volume.abs().max(), 0, volume)
             volumes.append(volume.as_tensor().float())
         if grid is None:
             raise ValueError(f"{case.id} has no images.")
@@ -123,7 +125,10 @@ class NormalizeForeground(Transform):
         for channel, tissue in zip(image.as_tensor(), foreground(image), strict=True):
             values = channel[tissue]
             if values.numel() == 0:
-                raise ValueError(f"{data['case']}: a contrast shows no tissue on the grid of the first contrast.")
+                raise ValueError(
+                    f"{data['case']}: a contrast shows no tissue on the grid of the first contrast: "
+                    "register one to the other, or repair the headers."
+                )
             deviation = values.std(correction=0).clamp_min(1e-6)
             normalized.append(torch.where(channel == 0, 0.0, (channel - values.mean()) / deviation))
         result = dict(data)

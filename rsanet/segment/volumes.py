@@ -1,5 +1,6 @@
 """NIfTI volumes, read with a reason in one sentence where a file cannot serve."""
 
+import gzip
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ from rsanet.segment.recipe import LARGEST_VOXEL, SMALLEST_VOXEL
 from rsanet.segment.words import counted, sizes
 
 # nibabel tells of what it mends in a header on stderr, without the file's name; what matters is told below.
-nib.imageglobals.logger.setLevel(logging.ERROR)
+nib.imageglobals.logger.setLevel(logging.CRITICAL)
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -29,6 +30,7 @@ CONVERTERS = {
     (".nrrd", ".nhdr", ".mha", ".mhd", ".mnc", ".mif"): "ITK-SNAP or SimpleITK",
 }
 
+ROUNDING = 2e-5  # of the largest value; the scaled integers of 16 bits and an interpolation leave less beside 0
 LEAST_TISSUE = 0.001  # of the voxels of an image; the head in a generous field of view takes a tenth
 LEAST_SHARED, LEAST_COVERED = 0.5, 0.1  # of a field of view; see check_views
 
@@ -72,6 +74,8 @@ def read_volume(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
     try:
         image = volume if isinstance(volume, SpatialImage) else _load(Path(volume))
         voxels = np.asarray(image.dataobj)
+        if not isinstance(volume, SpatialImage):
+            _check_sum(Path(volume))
         if not isinstance(image, nib.Nifti1Image):
             image = nib.Nifti1Image.from_image(image)
     except PermissionError as error:
@@ -128,6 +132,14 @@ def _load(path: Path) -> SpatialImage:
         zero = np.append(stored["pixdim"][1:4] == 0, False)
         image.affine[:, zero] = 0
     return image
+
+
+def _check_sum(path: Path) -> None:
+    """Reads a compressed file to its end, where its checksum is: nibabel stops at the last voxel, before it."""
+    if path.name.endswith(".gz"):
+        with gzip.open(path) as file:
+            while file.read(2**20):
+                pass
 
 
 def _check_affine(affine: np.ndarray | None, name: str) -> None:
@@ -203,6 +215,7 @@ def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
         value = f"{known.flat[0]:g}" if known.size else "NaN or infinite"
         also = ", NaN or infinite" if count and known.size else ""
         raise ValueError(f"{name} is empty: every voxel is {value}{also}.")
+    voxels[np.abs(voxels) < ROUNDING * np.abs(known).max()] = 0  # a background is known by exact zeros
     shown = tissue_mask(voxels)
     if np.count_nonzero(shown) < LEAST_TISSUE * shown.size:
         raise ValueError(

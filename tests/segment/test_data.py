@@ -77,6 +77,17 @@ def test_spacing_resamples_image_and_mask(cohort):
     assert set(coarse["mask"].unique().tolist()) == {0, 1}
 
 
+def test_a_contrast_stored_in_another_orientation_is_the_same_volume(tmp_path, phantoms):
+    images, _ = phantoms.make_subject(1)
+    affine = np.array([[0.0, 0, -3, 87], [-3, 0, 0, 86.5], [0, 3, 0, -82], [0, 0, 0, 1]])
+    turned = nib.as_closest_canonical(nib.Nifti1Image(images["T1w"].astype(np.float32), affine))
+    first = phantoms.save(tmp_path / "f.nii.gz", images["FLAIR"], affine)
+    other = phantoms.save(tmp_path / "t.nii.gz", np.asarray(turned.dataobj), turned.affine)
+    loaded = LoadCase()(Case("x", {"FLAIR": first, "T1w": other}))["image"][1].numpy()
+    assert np.allclose(loaded, images["T1w"], rtol=1e-6)
+    assert np.array_equal(loaded == 0, images["T1w"] == 0)  # the background is known by exact zeros
+
+
 def test_contrasts_that_lie_apart_are_refused_before_anything_is_resampled(tmp_path, phantoms):
     images, _ = phantoms.make_subject(1)
     apart = np.eye(4)
