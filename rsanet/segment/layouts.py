@@ -34,6 +34,8 @@ AGENT = ("ce", "gd", "gado", "gadolinium")  # beside T1w, which is a T1ce then
 REGISTERED_TO = ("to", "in", "on", "2")  # T1_to_FLAIR is a T1w
 IDS = ("id", "subject", "case", "participant_id", "subject_id", "case_id")
 
+HEADER = "id,FLAIR,T1w,mask"  # of a table, for example
+
 CHANNELS = ("channel_names", "modality")  # keys of nnU-Net and of the Medical Segmentation Decathlon
 LISTS = ("training", "validation")  # of a datalist, read together where none is named
 
@@ -57,7 +59,7 @@ class Case:
     several: dict[str, list[Path]] = field(default_factory=dict)
 
     def pick(self, contrasts: Sequence[str]) -> dict[str, Path]:
-        """The images of some contrasts, in their order, or an error that says which one is missing."""
+        """The images of some contrasts, in their order, or an error that says which one is missing or given twice."""
         for name in contrasts:
             if name in self.several:
                 files = ", ".join(path.name for path in self.several[name])
@@ -67,6 +69,11 @@ class Case:
         missing = [name for name in contrasts if name not in self.images]
         if missing or not contrasts:
             raise ValueError(f"{self.id} has no {' and no '.join(missing) or 'images'}.")
+        files: dict[Path, str] = {}
+        for name in contrasts:
+            path = self.images[name]
+            if isinstance(path, Path) and (other := files.setdefault(path.resolve(), name)) != name:
+                raise ValueError(f"{self.id} has {path} as {other} and as {name}: give each contrast its own file.")
         return {name: self.images[name] for name in contrasts}
 
     def pick_mask(self) -> Path | None:
@@ -196,6 +203,8 @@ def read_table(path: Path) -> list[Case]:
             if not any(row):
                 continue
             if not header:
+                if files := [cell for cell in row if cell.endswith(SUFFIXES)]:
+                    raise ValueError(f"{where} names no columns, but {files[0]}: put a header such as {HEADER} above.")
                 header = row
             elif len(row) != len(header):
                 raise ValueError(f"{where} has {counted(len(row), 'cell')}, but the header has {len(header)}.")
@@ -204,7 +213,7 @@ def read_table(path: Path) -> list[Case]:
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}, cannot be read as CSV: {error}.") from error
     if not rows:
-        raise ValueError(f"{path} has no rows: give a header such as id,FLAIR,T1w,mask and a row per case.")
+        raise ValueError(f"{path} has no rows: give a header such as {HEADER} and a row per case.")
     return _listed(rows, path)
 
 

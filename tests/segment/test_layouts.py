@@ -67,6 +67,16 @@ def test_two_images_of_one_contrast_are_a_bad_case(tmp_path, phantoms):
     assert len(find_cases(root, ["T1w"], require_mask=True)) == 2
 
 
+def test_one_file_is_not_two_contrasts(tmp_path, phantoms):
+    root = phantoms.write_cohort(tmp_path, 2)
+    path = phantoms.image_path(root, "sub-002", "T1w")
+    path.unlink()
+    path.symlink_to(phantoms.image_path(root, "sub-002"))
+    with pytest.raises(ValueError, match=r"1 of 2 cases .*\n  sub-002 has \S*_T1w.nii.gz as FLAIR and as T1w: give"):
+        find_cases(root, require_mask=True)
+    assert len(find_cases(root, ["T1w"], require_mask=True)) == 2
+
+
 def test_two_masks_of_one_subject_are_a_bad_case_where_masks_are_needed(tmp_path, phantoms):
     root = phantoms.write_cohort(tmp_path, 2)
     other = root / "derivatives" / "rater2" / "sub-002" / "anat" / "sub-002_label-lesion_mask.nii.gz"
@@ -264,6 +274,7 @@ def test_a_table_without_names_takes_them_from_the_files(put):
         ('id,FLAIR\n"a,b.nii\n', "cannot be read as CSV"),
         ("id,FLAIR\na,b.nii\nb,b.nii\na,c.nii\n", "names a more than once"),
         ("name,age\nx,3\n", "line 2, has no image"),
+        ("a,a_FLAIR.nii\nb,b_FLAIR.nii\n", "line 1, names no columns, but a_FLAIR.nii: put a header"),
         ("id,age\nx,3\n", "has no images of its 1 case"),
     ],
 )
