@@ -137,6 +137,12 @@ def predict_cohort(
 def _cases(data: str | os.PathLike, ensemble: Ensemble, split: str | os.PathLike | None) -> list[Case]:
     """The cases of a data set, or those of the test part of a split."""
     cases, _ = list_cases(data, ensemble.contrasts)
+    there = {name for case in cases for name in (*case.images, *case.several)}
+    if missing := [name for name in ensemble.contrasts if name not in there]:
+        raise ValueError(
+            f"No case of {data} has a {' or a '.join(missing)}, but the model takes {' '.join(ensemble.contrasts)}: "
+            "give a model of the contrasts that there are, or name them in a .csv."
+        )
     if split is None:
         return cases
     test = read_split(split, cases)["test"]

@@ -177,6 +177,14 @@ def test_only_the_test_part_of_a_split_is_predicted(tmp_path, three):
         predict_cohort(segmenter(), three, tmp_path / "b", split=split)
 
 
+def test_a_model_of_other_contrasts_is_refused_before_anything_is_written(tmp_path, three, phantoms):
+    for number in (1, 2, 3):
+        phantoms.image_path(three, f"sub-{number:03d}").unlink()
+    with pytest.raises(ValueError, match=r"^No case of .*data has a FLAIR, but the model takes FLAIR T1w T2w: give a"):
+        predict_cohort(segmenter(), three, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_case_is_read_ahead_and_no_more():
     started = {case: threading.Event() for case in "abcd"}
 
