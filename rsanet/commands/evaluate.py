@@ -36,6 +36,8 @@ def evaluate(
         raise typer.BadParameter(f"{csv} is the file of --csv, too.", param_hint="--json")
     for path in filter(None, (csv, json)):
         files.check_new(path, overwrite=overwrite)
+        if path.exists() and any(other.exists() and path.samefile(other) for other in (pred, ref, compare or pred)):
+            raise ValueError(f"{path} is compared here, and would be lost: give another name to the table.")
     chosen = metrics.choose_protocol(protocol, connectivity=connectivity, overlap=overlap, minimum_mm3=minimum_mm3)
     result = work.evaluate(pred, ref, protocol=chosen, compare=compare, progress=True)
     typer.echo(str(result))

@@ -16,6 +16,7 @@ def report(
     subjects: Annotated[list[str] | None, typer.Option(help="Which subjects; by default the first three.")] = None,
     protocol: Annotated[str, typer.Option(help="As in evaluate.")] = "custom",
     roi: Roi = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that exists.")] = False,
     device: Device = DEFAULTS.device,
 ) -> None:
     """Draw predictions beside their references, and the model's attention maps."""
@@ -23,7 +24,7 @@ def report(
     from rsanet.segment.overview import draw_cohort
     from rsanet.segment.segmenter import Segmenter
 
-    files.check_writable(out)
+    files.check_new(out, overwrite=overwrite)
     chosen = metrics.choose_protocol(protocol)
     segmenter = Segmenter.load(model, roi=roi, device=device) if model else None
     draw_cohort(out, data, pred, segmenter, subjects=subjects or (), protocol=chosen)

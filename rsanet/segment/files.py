@@ -12,10 +12,14 @@ from typing import Any
 
 def check_writable(path: Path) -> None:
     """Refuses a file name in a folder that does not exist or cannot be written."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is a file: give a folder for {path.name}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} does not exist: create the folder for {path.name} first.")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file.")
+    if path.exists() and not path.is_file():  # it would be replaced, not written to
+        raise ValueError(f"{path} is a device or a pipe: give the name of a file.")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path.parent} is not writable: choose another folder for {path.name}.")
 

@@ -151,7 +151,11 @@ def test_the_wrong_number_of_images_names_the_wanted_contrasts(trained, cohort, 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("nowhere/m.nii.gz", "nowhere does not exist"), ("m.png", "end it in .nii.gz"), ("file/m.nii.gz", "file")],
+    [
+        ("nowhere/m.nii.gz", "nowhere does not exist"),
+        ("m.png", "end it in .nii.gz"),
+        ("file/m.nii.gz", "file is a file"),
+    ],
 )
 def test_an_output_that_cannot_be_written_is_refused(trained, cohort, phantoms, tmp_path, rsanet, name, reason):
     (tmp_path / "file").write_text("")
@@ -229,6 +233,18 @@ def test_a_comparison_with_missing_masks_shows_the_others_and_fails(cohort, tmp_
     assert "3 cases" in err
     assert "sub-002" in out
     assert "sub-003 has a reference but no prediction" in out
+
+
+def test_a_picture_is_kept_unless_overwrite_is_given(cohort, tmp_path, rsanet):
+    kept = tmp_path / "r.png"
+    kept.write_text("precious")
+    options = ["report", kept, "--data", cohort, "--pred", cohort]
+    code, out, err = rsanet(*options)
+    assert (code, out) == (1, "")
+    assert err == f"rsanet: {kept} exists: give another name, or --overwrite to replace it.\n"
+    assert kept.read_text() == "precious"
+    assert rsanet(*options, "--overwrite")[0] == 0
+    assert kept.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_picture_of_nobody_is_refused(cohort, trained, tmp_path, rsanet):

@@ -1,6 +1,7 @@
 """What `rsanet evaluate` keeps of its user's files, prints, and returns."""
 
 import json
+import os
 
 import nibabel
 import numpy as np
@@ -39,6 +40,26 @@ def test_a_file_that_exists_is_kept_unless_overwrite_is_given(folders, tmp_path,
     code, out, err = rsanet("evaluate", good, ref, option, kept, "--overwrite")
     assert (code, err) == (0, "")
     assert "sub-2" in kept.read_text()
+
+
+@pytest.mark.parametrize("option", ["--csv", "--json"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_compared_is_never_overwritten(folders, rsanet, option, which):
+    masks = [folder / "sub-1.nii.gz" for folder in folders[:2]]
+    before = masks[which].read_bytes()
+    code, out, err = rsanet("evaluate", *masks, option, masks[which], "--overwrite")
+    assert (code, out) == (1, "")
+    assert err == f"rsanet: {masks[which]} is compared here, and would be lost: give another name to the table.\n"
+    assert masks[which].read_bytes() == before
+
+
+def test_a_pipe_is_not_replaced_by_a_table(folders, tmp_path, rsanet):
+    ref, good, _ = folders
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = rsanet("evaluate", good, ref, "--csv", tmp_path / "pipe", "--overwrite")
+    assert code == 1
+    assert err == f"rsanet: {tmp_path / 'pipe'} is a device or a pipe: give the name of a file.\n"
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_another_prediction_is_compared_and_written(folders, tmp_path, rsanet):
