@@ -33,6 +33,7 @@ class Row:
         seconds: time from the files to the files, of this case alone.
         backend: what ran the attention.
         window: what each network saw at once, in voxels.
+        made_by: the models and what was asked of them; a run that resumes has to ask the same.
     """
 
     case: str
@@ -42,9 +43,10 @@ class Row:
     seconds: float
     backend: str
     window: str
+    made_by: str
 
     @classmethod
-    def of(cls, found: Prediction) -> "Row":
+    def of(cls, found: Prediction, made_by: str) -> "Row":
         """The row of a prediction that was written."""
         return cls(
             found.case,
@@ -54,6 +56,7 @@ class Row:
             round(found.seconds, 2),
             found.backend,
             " ".join(dict.fromkeys(sizes(window.size) for window in found.windows)),
+            made_by,
         )
 
 
@@ -65,11 +68,13 @@ class Work:
         cases: all the cases of the run.
         rows: rows of the table that stay, of masks that are there already.
         left: the cases to do.
+        made_by: what the rows say of the models and settings.
     """
 
     cases: list[Case]
     rows: dict[str, Row]
     left: list[Case]
+    made_by: str
 
 
 def predict_cohort(
@@ -102,7 +107,8 @@ def predict_cohort(
         min_lesion_mm3: as in `predict`.
         probability_map: as in `predict`.
         preview: as in `predict`.
-        resume: whether cases whose mask and row exist are left as they are. Give the same options as before.
+        resume: whether cases whose mask and row exist are left as they are; the model and its options have to be those
+            of before.
         overwrite: whether masks that exist are replaced.
         progress: called after each case with its number, the number of cases, and its prediction or what is wrong.
         say: called with one line on device, backend, precision and window before the first case.
@@ -121,10 +127,10 @@ def predict_cohort(
     if resume and overwrite:
         raise ValueError("Both --resume and --overwrite are given: the one keeps the masks that the other replaces.")
     ensemble = Ensemble.load(model, **inference)
-    out = Path(out)
+    out, made_by = Path(out), describe_maker(ensemble, options)
     with shared_work() as processes:
         work = processes.decided_first(
-            lambda: _plan(_cases(data, ensemble, split), out, options, resume=resume, overwrite=overwrite)
+            lambda: _plan(_cases(data, ensemble, split), out, options, made_by, resume=resume, overwrite=overwrite)
         )
         if processes.rank == 0 and say:
             say(ensemble.describe())
@@ -151,7 +157,18 @@ def _cases(data: str | os.PathLike, ensemble: Ensemble, split: str | os.PathLike
     return test
 
 
-def _plan(cases: list[Case], out: Path, options: Options, *, resume: bool, overwrite: bool) -> Work:
+def describe_maker(ensemble: Ensemble, options: Options) -> str:
+    """The models and settings that decide a mask, in one line."""
+    words = [str(Path(member.name).resolve()) for member in ensemble.members]
+    words.append(f"threshold {options.threshold:g}")
+    if options.min_lesion_mm3:
+        words.append(f"lesions from {options.min_lesion_mm3:g} mm³")
+    first = ensemble.members[0]
+    words += ["mirror images"] * first.flips + ["whole brain"] * first.whole_brain
+    return ", ".join(words + [f"window {sizes(member.roi)}" for member in ensemble.members])
+
+
+def _plan(cases: list[Case], out: Path, options: Options, made_by: str, *, resume: bool, overwrite: bool) -> Work:
     """Looks at what the folder holds, before anything is computed, and makes it ready."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder for the masks.")
@@ -165,10 +182,16 @@ def _plan(cases: list[Case], out: Path, options: Options, *, resume: bool, overw
         )
     rows = {row.case: row for row in _read_tables(out, lenient=overwrite) if row.mask and (out / row.mask).exists()}
     done = {name for name in files if resume and name in rows and all(file.exists() for file in files[name])}
+    if others := {rows[name].made_by for name in done} - {made_by}:
+        raise ValueError(
+            f"{out} has masks of {others.pop()}, and --resume would add some of {made_by}: give the same model and "
+            "options, --overwrite to replace them, or another folder."
+        )
     work = Work(
         cases,
         {name: row for name, row in rows.items() if name in done or name not in files},
         [case for case in cases if case.id not in done],
+        made_by,
     )
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out / TABLE)
@@ -203,7 +226,7 @@ def _do_share(
             known = isinstance(error, OSError) and error.strerror
             result = failures[case.id] = f"{error.filename}: {error.strerror.lower()}." if known else str(error)
         else:
-            rows[case.id] = Row.of(result)
+            rows[case.id] = Row.of(result, work.made_by)
             _write_table(table, {**work.rows, **rows} if first else rows)
         if progress:
             progress(numbers[case.id], len(work.cases), result)

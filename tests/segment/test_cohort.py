@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -67,7 +68,7 @@ def test_a_cohort_is_predicted_past_a_bad_case(tmp_path, three, phantoms, fault)
         "sub-003_label-lesion_mask.nii.gz",
     ]
     found = table(tmp_path / "out")
-    assert list(found[0]) == ["case", "mask", "lesions", "load_mm3", "seconds", "backend", "window"]
+    assert list(found[0]) == ["case", "mask", "lesions", "load_mm3", "seconds", "backend", "window", "made_by"]
     assert [row["case"] for row in found] == ["sub-001", "sub-003"]
     for row in found:
         mask = np.asarray(nib.load(tmp_path / "out" / row["mask"]).dataobj)
@@ -102,6 +103,20 @@ def test_masks_that_exist_are_kept_unless_they_may_be_replaced(tmp_path, three):
 
 class Killed(BaseException):
     pass
+
+
+def test_masks_of_another_model_or_threshold_are_not_mixed(three, tmp_path):
+    predict_cohort(segmenter(), three, tmp_path)
+    mask = tmp_path / "sub-002_label-lesion_mask.nii.gz"
+    mask.unlink()
+    with pytest.raises(ValueError, match=r"has masks of .*threshold 0\.5, .* would add some of .*threshold 0\.4,"):
+        predict_cohort(segmenter(), three, tmp_path, threshold=0.4, resume=True)
+    with pytest.raises(ValueError, match="elsewhere, threshold"):
+        predict_cohort(replace(segmenter(), name="elsewhere"), three, tmp_path, resume=True)
+    assert not mask.exists()
+    rows, _ = predict_cohort(segmenter(), three, tmp_path, resume=True)
+    assert mask.exists()
+    assert len({row.made_by for row in rows}) == 1
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path, three):
