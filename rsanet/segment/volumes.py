@@ -78,8 +78,6 @@ def read_volume(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
             _check_sum(Path(volume))
         if not isinstance(image, nib.Nifti1Image):
             image = nib.Nifti1Image.from_image(image)
-    except PermissionError as error:
-        raise ValueError(f"{name} cannot be opened: permission denied.") from error
     except MemoryError as error:
         shape = sizes(image.shape)
         raise ValueError(f"{name} does not fit into memory: by its header it has {shape} voxels.") from error
@@ -121,6 +119,8 @@ def _check_file(path: Path) -> None:
         )
     if not path.is_file():
         raise ValueError(f"{path} is no ordinary file: {wanted}.")
+    if not os.access(path, os.R_OK):  # nibabel would say that the file is damaged
+        raise ValueError(f"{path} cannot be opened: permission denied.")
 
 
 def _load(path: Path) -> SpatialImage:
