@@ -272,11 +272,11 @@ def _read_tables(folder: Path, *, lenient: bool) -> Iterator[Row]:
     for path in (folder / TABLE, *folder.glob(PART.format(rank="*"))):
         if not path.is_file():
             continue
-        with path.open(newline="") as file:
-            lines = csv.DictReader(file)
-            rows = list(lines) if lines.fieldnames == columns else None
         try:
-            if rows is None:
+            with path.open(encoding="utf-8", newline="") as file:
+                lines = csv.DictReader(file)
+                rows = list(lines)
+            if lines.fieldnames != columns:
                 raise ValueError("other columns")
             found = [
                 Row(
@@ -288,7 +288,7 @@ def _read_tables(folder: Path, *, lenient: bool) -> Iterator[Row]:
                 )
                 for row in rows
             ]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, csv.Error) as error:
             if lenient:
                 continue
             raise ValueError(

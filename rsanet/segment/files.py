@@ -70,14 +70,14 @@ def _is_running(process: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text."""
+    """Writes a text, in UTF-8 whatever the locale."""
     with written_beside(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows under the keys of the first."""
-    with written_beside(path) as partial, partial.open("w", newline="") as file:
+    """Writes rows under the keys of the first, in UTF-8."""
+    with written_beside(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

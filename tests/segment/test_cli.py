@@ -319,6 +319,18 @@ def test_help_lists_every_command_and_says_research_only(rsanet):
     assert "results depend on it" in " ".join(out.split())
 
 
+def test_tables_and_texts_are_utf8_whatever_the_locale(tmp_path):
+    code = (
+        "from pathlib import Path; from rsanet.segment.files import write_csv, write_text; "
+        f"folder = Path({str(tmp_path)!r}); text = 'Jos\\xe9 32\\xd732'; "
+        "write_text(folder / 'x.txt', text); write_csv(folder / 'x.csv', [{'window': text}])"
+    )
+    done = python(code, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.txt").read_text(encoding="utf-8") == "José 32×32"
+    assert (tmp_path / "x.csv").read_text(encoding="utf-8").split() == ["window", "José", "32×32"]
+
+
 def test_a_missing_package_is_named_with_the_extra_that_brings_it():
     result = python(
         "import sys; sys.modules['monai'] = None; from rsanet.cli import main; main(['train', 'a', '-o', 'b'])"

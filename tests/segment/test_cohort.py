@@ -173,9 +173,10 @@ def test_a_table_keeps_the_rows_of_other_masks_in_the_folder_alone(tmp_path, thr
     assert [row["case"] for row in table(out)] == ["sub-001", "sub-002", "sub-009"]
 
 
-def test_a_foreign_table_is_not_lost(tmp_path, three):
+@pytest.mark.parametrize("content", [b"name,age\nme,40\n", b"\xff\xfe\x00", b"", b"a" * 200_000])
+def test_a_foreign_table_is_not_lost(tmp_path, three, content):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "predictions.csv").write_text("name,age\nme,40\n")
+    (tmp_path / "out" / "predictions.csv").write_bytes(content)
     with pytest.raises(ValueError, match="is not a table of rsanet predict"):
         predict_cohort(segmenter(), three, tmp_path / "out", progress=refuse)
     assert names(tmp_path / "out") == ["predictions.csv"]
