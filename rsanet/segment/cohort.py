@@ -11,7 +11,7 @@ from typing import Any
 
 from rsanet.segment.datasets import Case, list_cases, read_split
 from rsanet.segment.ensemble import Ensemble, Model, Prepared
-from rsanet.segment.files import check_writable, remove_stale, write_csv
+from rsanet.segment.files import ENCODING, check_writable, remove_stale, write_csv
 from rsanet.segment.prediction import Options, Prediction, predict_case
 from rsanet.segment.processes import Processes, shared_work
 from rsanet.segment.words import counted, sizes
@@ -273,7 +273,7 @@ def _read_tables(folder: Path, *, lenient: bool) -> Iterator[Row]:
         if not path.is_file():
             continue
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(**ENCODING, newline="") as file:
                 lines = csv.DictReader(file)
                 rows = list(lines)
             if lines.fieldnames != columns:

@@ -55,12 +55,14 @@ class Ensemble:
         members: models of the same contrasts, each in its own order, with its own window and voxel size.
 
     Raises:
-        ValueError: the models take different contrasts.
+        ValueError: there is no model, or the models take different contrasts.
     """
 
     members: tuple[Segmenter, ...]
 
     def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError("There is no model: give one or several.")
         for member in self.members[1:]:
             if set(member.contrasts) != set(self.contrasts):
                 raise ValueError(

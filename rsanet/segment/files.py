@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Whatever the locale; a path may have bytes that are no text, which stay as they are.
+ENCODING: Mapping[str, str] = {"encoding": "utf-8", "errors": "surrogateescape"}
+
 
 def check_writable(path: Path) -> None:
     """Refuses a file name in a folder that does not exist or cannot be written."""
@@ -70,14 +73,14 @@ def _is_running(process: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text, in UTF-8 whatever the locale."""
+    """Writes a text in UTF-8."""
     with written_beside(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, **ENCODING)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows under the keys of the first, in UTF-8."""
-    with written_beside(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with written_beside(path) as partial, partial.open("w", **ENCODING, newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -255,7 +255,10 @@ def _as_volume(image: Any, name: str, affine: np.ndarray | None) -> Path | Spati
         )
     if affine is None:
         raise ValueError(f"{name} is an array without an affine: give affine=, or an image of nibabel.")
-    return nib.Nifti1Image(voxels.astype(np.float32), affine)
+    matrix = np.asarray(affine, np.float64)
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or np.linalg.det(matrix[:3, :3]) == 0:
+        raise ValueError(f"The affine of {name} maps voxels to no place: give the 4×4 matrix from voxels to mm.")
+    return nib.Nifti1Image(voxels.astype(np.float32), matrix)
 
 
 def paths_of(case: Case) -> list[Path]:

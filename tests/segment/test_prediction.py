@@ -346,6 +346,8 @@ def test_an_ensemble_takes_the_mean_each_model_with_its_own_order_and_voxel_size
 def test_models_of_other_contrasts_make_no_ensemble():
     with pytest.raises(ValueError, match="the model takes FLAIR, but the model takes FLAIR T1w T2w: give models"):
         Ensemble((segmenter(), segmenter(("FLAIR",))))
+    with pytest.raises(ValueError, match="There is no model"):
+        Ensemble.load([])
 
 
 def whole_brain_model(tmp_path):
@@ -393,6 +395,9 @@ def test_images_in_memory_are_as_good_as_files(tmp_path, phantoms):
         predict(segmenter(), arrays)
     with pytest.raises(ValueError, match="no T2w: give FLAIR T1w T2w"):
         predict(segmenter(), {"FLAIR": arrays[0], "T1w": arrays[1]}, affine=oblique())
+    for affine in (np.eye(3), np.zeros((4, 4)), np.full((4, 4), np.nan)):
+        with pytest.raises(ValueError, match="The affine of FLAIR maps voxels to no place: give the 4×4 matrix"):
+            predict(segmenter(), arrays, affine=affine)
 
 
 @pytest.mark.parametrize(
