@@ -116,8 +116,10 @@ class Recipe:
             raise ValueError(f"--seed is {self.seed}: give a whole number from 0 to {2**32 - 1}.")
         if len(self.channels) < 2 or min(self.channels) < 1:
             raise ValueError(f"--channels are {self.channels}: give one positive width per level, two or more.")
-        if self.spacing is not None and not all(0 < size <= LARGEST_VOXEL for size in self.spacing):
-            raise ValueError(f"--spacing is {self.spacing}: give voxel sizes in mm, above 0 and up to {LARGEST_VOXEL}.")
+        if self.spacing is not None and not all(SMALLEST_VOXEL <= size <= LARGEST_VOXEL for size in self.spacing):
+            raise ValueError(
+                f"--spacing is {self.spacing}: give voxel sizes from {SMALLEST_VOXEL} to {LARGEST_VOXEL} mm."
+            )
         if self.patch is not None and min(self.patch) < 1:
             raise ValueError(f"--patch is {self.patch}: give positive sizes in voxels.")
         if twice := sorted({name for name in self.contrasts or () if self.contrasts.count(name) > 1}):

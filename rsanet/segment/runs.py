@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -48,9 +49,8 @@ class Run:
             raise ValueError(f"{self.folder} is a file: give the name of a folder.")
         for path in (self.model, self.config):
             if path.exists():
-                raise ValueError(
-                    f"{self.folder} already holds {path.name}: give another folder to -o, or --resume to go on."
-                )
+                onwards = ", or --resume to go on" if self.config.is_file() else ""
+                raise ValueError(f"{self.folder} already holds {path.name}: give another folder to -o{onwards}.")
 
     def begin(self, content: Mapping[str, Any]) -> None:
         """Creates the folder with its configuration; tuples become lists."""
@@ -67,12 +67,16 @@ class Run:
         content = read_yaml(self.config)
         if "recipe" not in content:
             raise ValueError(f"{self.config} is not the configuration of a run: begin another one.")
-        return content
+        # Edited by hand, it would fail deep in the network.
+        return {**content, "patch": recipe_of({"patch": content.get("patch")}, str(self.config)).patch}
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replaces the checkpoint."""
         with written_beside(self.checkpoint) as partial:
-            torch.save(dict(state), partial)
+            try:
+                torch.save(dict(state), partial)
+            except RuntimeError as error:  # torch's word for a write that failed
+                raise OSError(f"{self.checkpoint} cannot be written: make room on its disk, then --resume.") from error
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint, or None where the run was ended before its first. It is data: no code in it is run."""
@@ -89,10 +93,25 @@ class Run:
         draw_curve(rows, self.curve)
 
 
+class Settings(yaml.SafeLoader):
+    """YAML as people write settings: ``1e-3`` is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As ``SafeLoader``, which would take the last of several."""
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+Settings.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+0123456789"))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Settings)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML ({reason}): give a config.yaml of a run, or one like it.") from error

@@ -5,7 +5,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,18 @@ def prepare(cases: Sequence[Case], transform: Compose, memory: float) -> CacheDa
     )
 
 
+@contextmanager
+def hearing_of_others() -> Iterator[None]:
+    """Within it the end of another process is said in words, not in those of its sockets."""
+    try:
+        yield
+    except RuntimeError as error:
+        if torch.distributed.is_initialized() and "onnection" in str(error):
+            raise RuntimeError("Another process of this run has ended: its message says why.") from error
+        raise
+
+
+@hearing_of_others()
 def train(
     data: str | Path,
     out: str | Path,
@@ -214,6 +227,8 @@ def train(
     spacing = recipe.spacing or common_spacing(cases)
     memory = available_memory(torch.device("cpu")) / recipe.devices / 2
     volumes = prepare(training, preparing_to_train(spacing), memory)
+    if not any(len(volume["mask_fg_indices"]) for volume in volumes):
+        raise ValueError(f"None of the {counted(len(training), 'mask')} to train on has a lesion: give some that do.")
     whole = prepare(held_out[fabric.global_rank :: fabric.world_size], validation_transforms(spacing), memory / 2)
 
     patch = begun.get("patch") or recipe.patch
@@ -236,6 +251,8 @@ def train(
     session = Session(fabric, recipe, run, network, patch, spacing, contrasts, whole, precision, progress)
     if resume and (state := run.load_checkpoint()):
         session.restore(state)
+        if progress.rows and not run.model.is_file():
+            raise ValueError(f"{run.model}, the best weights so far, is missing: put it back, or begin another run.")
     if fabric.is_global_zero:
         if not resume:
             run.begin(
@@ -264,12 +281,7 @@ def train(
         if fabric.is_global_zero:
             print(f"The run ended at step {progress.step}: there is nothing left to do.", flush=True)
         return run.model
-    try:
-        session.fit(volumes)
-    except RuntimeError as error:
-        if fabric.world_size > 1 and "onnection" in str(error):
-            raise RuntimeError("Another process of this run has ended: its message says why.") from error
-        raise
+    session.fit(volumes)
     return run.model
 
 

@@ -22,6 +22,7 @@ from rsanet.segment.recipe import Recipe, recipe_of, settings, triple
         {"spacing": (1.0, math.inf, 1.0)},
         {"spacing": (1.0, math.nan, 1.0)},
         {"spacing": (1.0, 1.0, 21.0)},
+        {"spacing": (0.01, 1.0, 1.0)},
         {"val_fraction": 1.0},
         {"dropout": 1.0},
         {"attention": "cubic"},

@@ -2,6 +2,8 @@ import csv
 import math
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 import types
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -402,19 +405,69 @@ def test_a_configuration_that_is_none_is_refused(tmp_path, text):
         runs.read_recipe(tmp_path / "config.yaml")
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     run = runs.Run(tmp_path)
     run.save_checkpoint({"progress": 1})
-
-    def full(state, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        run.save_checkpoint({"progress": 2})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a write beyond fails as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.pt cannot be written: make room on its disk"):
+            run.save_checkpoint({"progress": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert run.load_checkpoint() == {"progress": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_run_without_its_best_weights_is_not_resumed(trained, cohort, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors, the best weights so far, is missing"):
+        training.train(cohort, run, resume=True)
+
+
+def test_a_run_without_its_configuration_is_not_said_to_go_on(trained, cohort, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"already holds model\.safetensors: give another folder to -o\.$"):
+        training.train(cohort, run, Recipe(steps=1, **SMALL))
+
+
+@pytest.mark.parametrize("patch", [24, ["x", 24, 24], [24, 24]])
+def test_a_patch_that_was_edited_to_none_is_refused_by_name(trained, cohort, tmp_path, patch):
+    run = shutil.copytree(trained, tmp_path / "run")
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**content, "patch": patch}))
+    with pytest.raises(ValueError, match=r"config\.yaml: --patch "):
+        training.train(cohort, run, resume=True)
+
+
+def test_settings_by_hand_may_be_short_and_stand_once(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("lr: 1e-3\ndropout: 2E-1\n")
+    assert runs.read_recipe(path) == Recipe(lr=1e-3, dropout=0.2)
+    path.write_text("steps: 10\nlr: 0.1\nsteps: 20\n")
+    with pytest.raises(ValueError, match=r"config\.yaml is not YAML \(steps stands there twice"):
+        runs.read_recipe(path)
+
+
+def test_masks_without_any_lesion_are_nothing_to_train_on(tmp_path, phantoms):
+    for number in range(1, 4):
+        phantoms.write_subject(tmp_path / "data", f"sub-{number:03d}", number)
+        phantoms.save(
+            phantoms.mask_path(tmp_path / "data", f"sub-{number:03d}"), np.zeros((26, 30, 24)), None, np.uint8
+        )
+    with pytest.raises(ValueError, match="None of the 2 masks to train on has a lesion"):
+        training.train(tmp_path / "data", tmp_path / "run", Recipe(steps=1, **SMALL))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_end_of_another_process_is_said_in_words(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="Another process of this run has ended"), training.hearing_of_others():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2784")
+    with pytest.raises(RuntimeError, match="no such thing"), training.hearing_of_others():
+        raise RuntimeError("no such thing")
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(48, "48 s"), (720, "12 min"), (12600, "3.5 h")])
