@@ -162,10 +162,16 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if dice is not None:
         for words, colour in zip(scores, ("#D55E00", "#009E73"), strict=False):
             dice.plot(steps, scores[words], color=colour, marker=".", label=words)
-        top, step = max((value, step) for values in scores.values() for value, step in zip(values, steps, strict=True))
+        # Of several the first, whose weights are kept.
+        points = [point for values in scores.values() for point in zip(values, steps, strict=True)]
+        top, step = max(points, key=lambda point: (point[0], -point[1]))
         dice.plot(step, top, color="black", marker="o", fillstyle="none", markersize=10)
         label = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-        place = {"xytext": (0, -18), "textcoords": "offset points", "ha": "right" if step == steps[-1] else "center"}
+        place = {
+            "xytext": (0, -18 if top > 0.2 else 12),
+            "textcoords": "offset points",
+            "ha": "right" if step == steps[-1] else "center",
+        }
         dice.annotate(f"best {top:.3f}", (step, top), bbox=label, **place)
         dice.set_ylabel("held-out Dice")
         dice.set_ylim(0, 1)

@@ -442,6 +442,23 @@ def test_a_patch_that_was_edited_to_none_is_refused_by_name(trained, cohort, tmp
         training.train(cohort, run, resume=True)
 
 
+def test_the_curve_marks_the_step_whose_weights_are_kept(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, path, **_: (figures.append(self), path.touch())
+    )
+    dices = (0.1, 0.7, 0.7, 0.2)
+    progress = training.Progress()
+    best = []
+    for progress.step, score in enumerate(dices, start=1):
+        progress.losses.append(1.0)
+        progress.log({"dice": score}, 0.1)
+        best += [progress.step] * (progress.validations_since_best == 0)
+    runs.draw_curve(progress.rows, tmp_path / "curve.png")
+    (note,) = figures[0].axes[1].texts
+    assert (note.get_text(), note.xy) == ("best 0.700", (best[-1], 0.7))
+
+
 def test_settings_by_hand_may_be_short_and_stand_once(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("lr: 1e-3\ndropout: 2E-1\n")
