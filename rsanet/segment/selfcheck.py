@@ -15,7 +15,7 @@ from rsanet.network import RSANet
 from rsanet.segment.environment import MEMORY_FORMAT, pick_device, pick_precision
 from rsanet.segment.segmenter import lesion_probability
 from rsanet.segment.training import CRITERIA
-from rsanet.segment.volumes import read_image
+from rsanet.segment.volumes import read_volume
 
 WINDOW = (64, 64, 64)
 PATCH = (48, 48, 48)
@@ -73,7 +73,7 @@ def self_check(device: str = "auto") -> Iterator[Check]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "volume.nii.gz"
             nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
-            if not np.array_equal(read_image(path)[0], voxels):
+            if not np.array_equal(read_volume(path)[0], voxels):
                 raise ValueError("a NIfTI file does not read back as it was written")
 
     window, patch = WINDOW[0], PATCH[0]

@@ -200,7 +200,7 @@ def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
     background, as in SPM, and they are outside unless tissue encloses them.
 
     Returns:
-        As `read_volume`, every voxel finite.
+        As `read_volume`, every voxel finite, and exactly 0 what is 0 but for rounding.
 
     Raises:
         ValueError: also where the image is the same everywhere, shows next to no tissue, or has voxels in the head
