@@ -31,7 +31,8 @@ def train(
     if resume and config:
         raise typer.BadParameter("a run that is resumed has its settings: leave --config out.", param_hint="--config")
     given = {name: value for name, value in options.items() if ctx.get_parameter_source(name).name == "COMMANDLINE"}
-    Recipe(**given)  # a bad option is named before anything heavy is imported
+    if not (resume or config):  # settings from a file may belong to these
+        Recipe(**given)  # a bad option is named before anything heavy is imported
     from rsanet.segment.runs import Run, read_recipe
     from rsanet.segment.training import leads, train
 

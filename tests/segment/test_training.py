@@ -459,6 +459,16 @@ def test_the_curve_marks_the_step_whose_weights_are_kept(tmp_path, monkeypatch):
     assert (note.get_text(), note.xy) == ("best 0.700", (best[-1], 0.7))
 
 
+def test_an_option_goes_with_the_settings_of_a_file(cohort, tmp_path, rsanet):
+    (tmp_path / "config.yaml").write_text("{steps: 1, channels: [8, 16], patch: [16], folds: 2, fold: 0, batch: 3}")
+    again = ["train", cohort, "-o", tmp_path / "run", "--config", tmp_path / "config.yaml", "--fold", "1"]
+    assert rsanet(*again)[0] == 0
+    begun = runs.read_recipe(tmp_path / "run" / "config.yaml")
+    assert (begun.folds, begun.fold, begun.batch) == (2, 1, 3)
+    status, out, _ = rsanet("train", cohort, "-o", tmp_path / "run", "--resume", "--fold", "1")
+    assert (status, "nothing left to do" in out) == (0, True)
+
+
 def test_settings_by_hand_may_be_short_and_stand_once(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("lr: 1e-3\ndropout: 2E-1\n")
