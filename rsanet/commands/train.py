@@ -43,8 +43,10 @@ def train(
     try:
         model = train(data, out, replace(base, **given), resume=resume)
     except Stopped as stopped:
-        kept = f"{run.checkpoint}: give --resume to go on." if run.checkpoint.is_file() else None
-        stopped.left = f" The run is kept in {kept}" if kept else f" {out} has no checkpoint yet."
+        if run.checkpoint.is_file():
+            stopped.left = f" The run is kept in {run.checkpoint}: give --resume to go on."
+        elif run.config.is_file():
+            stopped.left = f" {out} has no checkpoint yet: --resume begins it again."
         raise
     if leads():
         typer.echo(f"The model is {model}.")
