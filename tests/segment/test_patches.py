@@ -33,6 +33,13 @@ def test_half_of_the_patches_hold_lesion_and_all_follow_the_seed(volumes):
     assert sum(bool(patch["mask"].any()) for patch in first) >= 15
 
 
+def test_each_patch_of_a_case_is_another(volumes):
+    patches = dealt(volumes, augment=False)
+    for name in {patch["case"] for patch in patches}:
+        seen = {patch["image"].numpy().tobytes() for patch in patches if patch["case"] == name}
+        assert len(seen) > 4
+
+
 def test_no_case_is_seen_again_before_all_were(volumes):
     names = [patch["case"] for patch in dealt(volumes)]
     turns = [names[start : start + 3] for start in range(0, 24, 3)]

@@ -232,6 +232,27 @@ def test_a_run_goes_on_from_any_step(cohort, tmp_path, monkeypatch, stop):
         assert same(weights(tmp_path / "unbroken", name), weights(tmp_path / "stopped", name)), name
 
 
+def test_a_resumed_run_remembers_its_best(cohort, tmp_path, monkeypatch):
+    step = training.Session.step
+
+    def fail(self, batch):
+        if self.progress.step == 1:
+            raise MemoryError
+        return step(self, batch)
+
+    monkeypatch.setattr(training, "dice", lambda prediction, mask: 0.9)
+    monkeypatch.setattr(training.Session, "step", fail)
+    with pytest.raises(MemoryError):
+        training.train(cohort, tmp_path, Recipe(steps=2, validate_every=1, **SMALL))
+    best = weights(tmp_path)
+    monkeypatch.setattr(training, "dice", lambda prediction, mask: 0.5)
+    monkeypatch.setattr(training.Session, "step", step)
+    training.train(cohort, tmp_path, resume=True)
+    assert [row["dice"] for row in rows(tmp_path)] == ["0.9", "0.5"]
+    assert same(weights(tmp_path), best)
+    assert not same(weights(tmp_path, "last"), best)
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_again(cohort, tmp_path, monkeypatch):
     recipe = Recipe(steps=2, **SMALL)
     fit = training.Session.fit
