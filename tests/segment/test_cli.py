@@ -378,7 +378,7 @@ def test_doctor_names_what_does_not_work(rsanet, monkeypatch):
     assert "ok   a NIfTI file" in out
 
 
-def test_our_warnings_are_a_line_and_those_of_libraries_are_silent(rsanet, monkeypatch):
+def test_our_warnings_are_a_line_and_those_of_libraries_are_silent(rsanet, monkeypatch, recwarn):
     def describe():
         warnings.warn_explicit("two voxels are odd.", UserWarning, segmenter.__file__, 1)
         warnings.warn_explicit("use another function", FutureWarning, torch.__file__, 1)
@@ -386,6 +386,7 @@ def test_our_warnings_are_a_line_and_those_of_libraries_are_silent(rsanet, monke
 
     monkeypatch.setattr("rsanet.segment.environment.describe_environment", describe)
     assert rsanet("doctor", "--no-check")[2] == "rsanet: warning: two voxels are odd.\n"
+    assert not recwarn
     with pytest.warns(FutureWarning, match="use another function"):
         rsanet("doctor", "--no-check", "--debug")
 
