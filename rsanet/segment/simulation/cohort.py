@@ -33,11 +33,11 @@ Simulated patients with multiple-sclerosis lesions, made by `rsanet simulate`.
 For research and software testing only. Nobody was scanned: the images have no clinical meaning, and scores on
 them say nothing about accuracy on patients.
 
-    sub-XXX/anat/                      the images: skull-stripped, background 0, one grid
-    derivatives/lesions/sub-XXX/anat/  the lesion mask (1 = lesion); its .json lists every lesion and setting
+    sub-NNN/anat/                      the images: skull-stripped, background 0, one grid
+    derivatives/lesions/sub-NNN/anat/  the lesion mask (1 = lesion); its .json lists every lesion and setting
     split.json                         train, validation and test, where they were asked for
 
-Patients with several sessions have the folders sub-XXX/ses-YY/anat/, all on one grid. From the second session on
+Patients with several sessions have the folders sub-NNN/ses-NN/anat/, all on one grid. From the second session on
 the mask's .json says what became of every lesion (new, growing, shrinking, stable; and those that vanished), and
 *_label-newlesion_mask.nii.gz holds the new ones alone.
 
