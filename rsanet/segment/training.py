@@ -1,5 +1,6 @@
 """Training a lesion segmentation network: one call, one run folder."""
 
+import json
 import logging
 import math
 import sys
@@ -39,7 +40,7 @@ from rsanet.segment.environment import (
 from rsanet.segment.layouts import Case
 from rsanet.segment.metrics import dice
 from rsanet.segment.patches import Patches, choose_patch, seed_of
-from rsanet.segment.recipe import Recipe
+from rsanet.segment.recipe import OF_THE_MACHINE, Recipe
 from rsanet.segment.runs import Run, TensorBoard, resumed_recipe
 from rsanet.segment.segmenter import lesion_probability
 from rsanet.segment.splits import divide_cases
@@ -349,6 +350,7 @@ class Session:
     def state(self) -> dict[str, Any]:
         """All that the next step depends on."""
         parts = {
+            "settings": self.settings(),
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -356,8 +358,18 @@ class Session:
         }
         return parts if self.average is None else {**parts, "average": self.average.state_dict()}
 
+    def settings(self) -> str:
+        """What decides the weights besides the data; ``auto`` may be another precision on another machine."""
+        of_the_result = {name: value for name, value in asdict(self.recipe).items() if name not in OF_THE_MACHINE}
+        return json.dumps(of_the_result | {"precision": self.precision.name, "patch": self.patch})
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint."""
+        if state.get("settings", self.settings()) != self.settings():
+            raise ValueError(
+                f"{self.run.checkpoint} was made with other settings than {self.run.config} has, or in another "
+                f"precision than {self.precision.name}: undo what was edited, or go on where the run was begun."
+            )
         try:
             self.network.load_state_dict(state["network"])
             self.optimizer.optimizer.load_state_dict(state["optimizer"])

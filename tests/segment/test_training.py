@@ -232,6 +232,15 @@ def test_a_run_goes_on_from_any_step(cohort, tmp_path, monkeypatch, stop):
         assert same(weights(tmp_path / "unbroken", name), weights(tmp_path / "stopped", name)), name
 
 
+@pytest.mark.parametrize("change", [("steps: 80", "steps: 90"), ("precision: fp32", "precision: bf16")])
+def test_a_checkpoint_is_taken_up_with_the_settings_it_was_made_with(cohort, tmp_path, change):
+    training.train(cohort, tmp_path, Recipe(steps=80, validate_every=1, patience=1, precision="fp32", **SMALL))
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace(*change))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt was made with other settings than .*config\.yaml"):
+        training.train(cohort, tmp_path, resume=True)
+
+
 def test_a_resumed_run_remembers_its_best(cohort, tmp_path, monkeypatch):
     step = training.Session.step
 
