@@ -48,9 +48,9 @@ def _read_checkpoint(path: str | os.PathLike) -> Any:
             f"{path} holds more than tensors, or is no checkpoint, and is not unpickled because that could "
             "run code of its own: where it came from, write it with torch.save(model.state_dict(), path)"
         ) from error
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
-    except (RuntimeError, OSError, EOFError, KeyError) as error:
+    except Exception as error:  # the unpickler raises a dozen types for bytes that are none of its own
         raise ValueError(
             f"{path} cannot be read as a PyTorch checkpoint ({type(error).__name__}), perhaps truncated: copy it again"
         ) from error

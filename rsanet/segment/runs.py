@@ -1,7 +1,6 @@
 """The folder of a training run: its files, and how they are written so that a kill at any moment spoils none."""
 
 import json
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -84,7 +83,9 @@ class Run:
             return None
         try:
             return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except (PermissionError, MemoryError):
+            raise
+        except Exception as error:  # the unpickler raises a dozen types for bytes that are none of its own
             raise ValueError(f"{self.checkpoint} is damaged, or no checkpoint: begin another run.") from error
 
     def write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:

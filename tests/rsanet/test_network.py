@@ -439,6 +439,13 @@ class NotATensor:
     pass
 
 
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x80\x02}", b"\x80\x02X\x01\x00\x00\x00\xff."])
+def test_other_bytes_are_no_checkpoint(tmp_path, content):
+    (tmp_path / "other.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"other\.pth (cannot be read|holds more than tensors)"):
+        load_reference_checkpoint(tmp_path / "other.pth")
+
+
 def test_checkpoints_are_never_unpickled(tmp_path):
     torch.save({"state_dict": narrow_reference(), "args": NotATensor()}, tmp_path / "strange.pth")
     with pytest.raises(ValueError, match="not unpickled because that could run code"):

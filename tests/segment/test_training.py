@@ -428,6 +428,14 @@ def test_a_checkpoint_is_data_and_never_code(trained, cohort, tmp_path):
         training.train(cohort, run.folder, resume=True)
 
 
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x80\x02}", b"\x80\x02X\x01\x00\x00\x00\xff."])
+def test_a_checkpoint_of_other_bytes_is_refused(tmp_path, content):
+    run = runs.Run(tmp_path)
+    run.checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged, or no checkpoint"):
+        run.load_checkpoint()
+
+
 @pytest.mark.parametrize("text", ["- a list", "recipe: 5", "{", "\x00"])
 def test_a_configuration_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
