@@ -210,6 +210,11 @@ def save_model(model: RSANet, path: str | os.PathLike, extra: Mapping[str, Any] 
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        # A full disk names no file, and another error names the temporary one.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

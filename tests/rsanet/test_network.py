@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -660,6 +661,17 @@ def test_a_checkpoint_that_the_system_cannot_read_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(torch, "load", fail)
     with pytest.raises(ValueError, match=r"cut\.pth cannot be read"):
         load_reference_checkpoint(tmp_path / "cut.pth")
+
+
+def test_a_full_disk_is_told_with_the_model_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_model(narrow(), tmp_path / "m.safetensors")
+    assert caught.value.filename == str(tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_folder_for_a_model_is_named(tmp_path):
