@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 # One pair that belongs together; without the pin, pip would fetch the newest CUDA build.
 TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
-.PHONY: install demo test check-triton check-cuda check-sanitize check-mutations check-package check-gpu lint clean
+.PHONY: install demo test bench bench-quick check-triton check-cuda check-sanitize check-mutations check-package check-gpu lint clean
 
 install: $(VENV)/installed
 
@@ -36,6 +36,18 @@ ifeq ($(shell uname -sm),Linux x86_64)
 	TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 tests/rsa_kernels tests/triton -k triton
 endif
 
+# Measures the block beside what a user would pick instead, on this machine when it is quiet, and draws the results. The
+# first takes over an hour on two cores, the second less than ten minutes.
+bench: install
+	$(RUN)/python -m benchmarks
+	$(RUN)/python -m benchmarks network
+	$(RUN)/python -m benchmarks plot
+
+bench-quick: install
+	$(RUN)/python -m benchmarks --quick
+	$(RUN)/python -m benchmarks network --quick
+	$(RUN)/python -m benchmarks plot
+
 # Compiles all that the launch table can choose for GPUs that need not be here, with the oldest Triton too: half an hour.
 check-triton: install
 	$(RUN)/python tests/triton/ahead_of_time.py
@@ -63,8 +75,7 @@ check-package: install
 # On a machine with a GPU, in an environment with a CUDA build of torch: the extensions, the tests, then the measurements.
 check-gpu:
 	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest tests/gpu
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks gpu
 
 lint: install
 	$(RUN)/ruff check

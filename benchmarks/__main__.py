@@ -1,225 +1,188 @@
-"""``python -m benchmarks``: the block side by side with what a user would write, on this machine.
-
-Providers are timed in turn within one run; a wrong one is never timed. Rows go to ``benchmarks/results/<device>.csv``.
-"""
+"""``python -m benchmarks``: the block side by side with what a user would write or pick instead, on this machine."""
 
 import argparse
-import csv
-import ctypes
-import datetime
-import gc
-import math
-import platform
-import statistics
+import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from benchmarks.published import published
-from rsa_kernels import available_backends, recurrent_slice_attention
-from rsa_kernels.backends import cannot_run
+from benchmarks import cases
+from benchmarks.block import compile_case, measure
+from benchmarks.cases import Case
+from benchmarks.devices import NOISY_DRIFT, NOISY_LOAD, Cpu, Device, Gpu
+from benchmarks.table import FAILED, MEASURED, RESULTS, WRONG, Table, block_table
 
-CASES = {
-    "tiny": (1, 512, 10, 14, 10),
-    "wide": (1, 256, 20, 28, 20),
-    "middle 128": (1, 128, 32, 32, 32),
-    "middle 64": (1, 64, 48, 56, 48),
-    "narrow": (1, 32, 64, 64, 64),
+VERBS = {
+    "run": "measure the block on a CPU (without a verb, too)",
+    "gpu": "on a GPU: run its tests, then measure what matters most, in under nine minutes",
+    "network": "measure training and inference of the whole network",
+    "plot": "draw pictures and tables from the tables of results alone",
+    "compare": "say what became slower between two tables, or since the last committed one",
 }
-QUICK = ("tiny", "middle 128")
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
-MODES = ("full", "no_grad")
-# To each dtype, what an error may be besides twice eager's.
-FLOORS = {"float32": 1e-6, "bfloat16": 1.6e-2}
-RESULTS = Path(__file__).parent / "results"
-COLUMNS = (
-    *("device", "threads", "torch", "commit", "date", "case", "shape", "dtype", "format", "mode", "provider"),
-    *("median_ms", "min_ms", "max_ms", "peak_extra_mib", "error"),
-)
+# What measuring costs, in seconds: repeats of a case, and all that a GPU is lent for.
+CASE_SECONDS, QUICK_CASE_SECONDS, GPU_SECONDS = 2.5, 1.5, 510.0
+# The share of a GPU's time that compiling ahead may take.
+COMPILING_SHARE = 0.3
 
 
-def providers(device: str = "cpu") -> dict[str, Callable[..., Tensor]]:
-    """Name to the block as that provider computes it, for volumes on a device."""
-    found = {"eager": published, "torch.compile": torch.compile(published)}
-    volume = torch.empty((1,) * 5, device=device)
-    for name in available_backends():
-        if name != "reference" and cannot_run(name, volume) is None:
-            found[name] = lambda *tensors, name=name: recurrent_slice_attention(*tensors, backend=name)
+def measure_all(device: Device, chosen: Sequence[Case], arguments: argparse.Namespace, table: Table) -> int:
+    """Measures cases and puts each row into the table at once; 1 if a provider was wrong or failed."""
+    start, calls, status = time.monotonic(), {}, 0
+    where = device.where()
+    print(" · ".join(f"{name} {where[name]}" for name in ("device", "threads", "torch", "triton", "cuda", "commit")))
+    for index, case in enumerate(chosen):
+        if time.monotonic() - start > arguments.budget_seconds:
+            rest = "; ".join(map(str, chosen[index:]))
+            print(f"not measured, because {arguments.budget_seconds:.0f} s were over: {rest}")
+            break
+        print(f"[{index + 1}/{len(chosen)}, {time.monotonic() - start:.0f} s] {case}", flush=True)
+        for row in measure(device, case, arguments.case_seconds, calls, arguments.providers):
+            table.put([row])
+            print(line(row), flush=True)
+            status |= row["status"] in (WRONG, FAILED)
+    print(f"rows: {table.path}, after {time.monotonic() - start:.0f} s")
+    return int(status)
+
+
+def line(row: dict[str, object]) -> str:
+    """A row as it is printed."""
+    start = f"  {row['provider']:15s} {row['mode']:8s}"
+    if row["status"] != MEASURED:
+        return f"{start} not timed: {row['status']}: {row['note']}"
+    words = [f"{row['median_ms']:>8} ms ({row['low_ms']} to {row['high_ms']}, {row['samples']} samples)"]
+    if row.get("graph_ms"):
+        words.append(f"graph {row['graph_ms']} ms")
+    if row.get("percent_of_floor"):
+        words.append(f"{row['percent_of_floor']} % of the floor")
+    if row.get("peak_extra_mib"):
+        words.append(f"{row['peak_extra_mib']} MiB")
+    words.append(f"error {row['error']}")
+    if float(str(row["load_percent"] or 0)) > NOISY_LOAD or float(str(row["drift_percent"])) > NOISY_DRIFT:
+        words.append(f"noisy: others' load {row['load_percent']} %, drift {row['drift_percent']} %")
+    return f"{start} " + ", ".join(words)
+
+
+def compile_ahead(chosen: Sequence[Case], workers: int, seconds: float) -> None:
+    """Fills the compilers' caches on disk from several processes: alone, compiling would take most of a GPU's time."""
+    deadline = time.monotonic() + seconds
+
+    def compile_one(case: Case) -> None:
+        command = [sys.executable, "-m", "benchmarks", "compile", json.dumps(case)]
+        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            subprocess.run(command, env=environment, capture_output=True, check=False, timeout=left)
+        except subprocess.TimeoutExpired:
+            print(f"not compiled ahead, because time was over: {case}")
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(compile_one, chosen))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads what follows the verbs ``run`` and ``gpu``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog="verbs:\n" + "\n".join(f"  {name:9s}{text}" for name, text in VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cases, enough for the pictures")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only these, by name, 'sweep V' among them")
+    parser.add_argument("--dtypes", nargs="+", choices=list(cases.DTYPES), help="only these")
+    parser.add_argument("--formats", nargs="+", choices=list(cases.FORMATS), help="only these")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these, and eager")
+    parser.add_argument(
+        "--case-seconds", type=float, help=f"spent on repeats of a case and mode (default: {CASE_SECONDS})"
+    )
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no case later")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of the table (default: benchmarks/results)"
+    )
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile ahead on a GPU; 0: none")
+    arguments = parser.parse_args(argv)
+    arguments.case_seconds = arguments.case_seconds or (QUICK_CASE_SECONDS if arguments.quick else CASE_SECONDS)
+    return arguments
+
+
+def selected(everything: Sequence[Case], arguments: argparse.Namespace) -> list[Case]:
+    """The cases that the arguments name; a sentence and status 2 if there are none."""
+    found = [
+        case
+        for case in everything
+        if (not arguments.cases or case.name in arguments.cases)
+        and (not arguments.dtypes or case.dtype in arguments.dtypes)
+        and (not arguments.formats or case.memory_format in arguments.formats)
+    ]
+    if not found:
+        names = ", ".join(dict.fromkeys(f"'{case.name}'" for case in everything))
+        asked = " or ".join(arguments.cases or ["so"])
+        print(f"no case is called {asked} in this dtype and format: name some of {names}", file=sys.stderr)
+        raise SystemExit(2)
     return found
 
 
-def inputs(
-    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
-    """A volume, six weights and the betas, with logits as tame as those of a trained network."""
-    generator = torch.Generator().manual_seed(0)
-    channels = shape[1]
-    tensors = [torch.randn(shape, generator=generator).contiguous(memory_format=memory_format)]
-    for _ in range(3):
-        tensors.append(torch.randn(channels, channels, generator=generator) * 0.3 / channels**0.5)
-        tensors.append(torch.randn(channels, generator=generator) * 0.1)
-    return [tensor.to(dtype) for tensor in (*tensors, torch.full((3,), 0.5))]
+def run_on_cpu(arguments: argparse.Namespace) -> int:
+    """Measures the block on the CPU."""
+    device = Cpu()
+    chosen = selected(cases.quick() if arguments.quick else cases.everything(), arguments)
+    return measure_all(device, chosen, arguments, block_table(device.name, arguments.output))
 
 
-def run(block: Callable[..., Tensor], tensors: list[Tensor], upstream: Tensor, mode: str) -> list[Tensor]:
-    """One pass; returns the output, and the gradients in mode ``full``."""
-    if mode == "no_grad":
-        with torch.no_grad():
-            return [block(*tensors)]
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    out = block(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+def run_on_gpu(arguments: argparse.Namespace) -> int:
+    """The GPU's tests, then the block, the most important cases first."""
+    if not torch.cuda.is_available():
+        print("python -m benchmarks gpu needs a CUDA GPU, and torch finds none: python -m benchmarks measures this CPU")
+        return 1
+    start = time.monotonic()
+    if arguments.budget_seconds == float("inf"):
+        arguments.budget_seconds = GPU_SECONDS
+    chosen = selected(cases.on_gpu(), arguments)
+    status = 0
+    if not arguments.quick:
+        status = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/gpu"], check=False).returncode
+        print(f"tests/gpu: exit {status}, after {time.monotonic() - start:.0f} s", flush=True)
+    if arguments.workers:
+        compile_ahead(chosen, arguments.workers, COMPILING_SHARE * arguments.budget_seconds)
+        print(f"compiled ahead, after {time.monotonic() - start:.0f} s", flush=True)
+    arguments.budget_seconds -= time.monotonic() - start
+    device = Gpu()
+    return measure_all(device, chosen, arguments, block_table(device.name, arguments.output)) or status
 
 
-def worst_error(results: list[Tensor], truths: list[Tensor]) -> float:
-    """The largest relative error of the output and all gradients but that of phi_bias, which is zero.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = words.pop(0) if words and not words[0].startswith("-") else "run"
+    if verb == "compile":  # what `gpu` starts for each case
+        name, shape, dtype, memory_format, axes = json.loads(words[0])
+        compile_case(Case(name, tuple(shape), dtype, memory_format, tuple(axes)), "cuda")
+        return 0
+    if verb not in VERBS:
+        print(f"there is no verb {verb!r}; python -m benchmarks has:")
+        print("\n".join(f"  {name:9s}{text}" for name, text in VERBS.items()))
+        return 2
+    if verb == "network":
+        from benchmarks import network
 
-    Infinite where anything is not finite.
-    """
-    errors = [((r.double() - t).norm() / t.norm()).item() for r, t in zip(results, truths, strict=True)]
-    return max(error if math.isfinite(error) else math.inf for index, error in enumerate(errors) if index != 5)
+        return network.main(words)
+    if verb == "plot":
+        from benchmarks import plot
 
+        return plot.main([Path(word) for word in words])
+    if verb == "compare":
+        from benchmarks import compare
 
-def peak_extra_mib(case: str, provider: str, memory_format: str, dtype: str) -> dict[str, float]:
-    """Per mode, the high-water mark of resident memory above its level before the pass, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks", "--peak", case, provider, memory_format, dtype]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return dict(zip(MODES, map(float, printed), strict=True))
-
-
-def _measure_peak(case: str, provider: str, memory_format: str, dtype: str) -> None:
-    block = providers()[provider]
-    tensors = inputs(CASES[case], FORMATS[memory_format], getattr(torch, dtype))
-    upstream = torch.ones_like(tensors[0])
-    for mode in MODES:
-        # Once before: libraries, thread pools and the compiler's work are not the pass's memory.
-        run(block, tensors, upstream, mode)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the mark
-        before = _status_mib("VmRSS")
-        run(block, tensors, upstream, mode)
-        print(_status_mib("VmHWM") - before)
-
-
-def _status_mib(field: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def measure(case: str, memory_format: str, repeats: int, dtype: str = "float32") -> list[dict]:
-    """The rows of one case: correctness first, then all providers in turn, ``repeats`` times."""
-    torch._dynamo.reset()
-    shape = CASES[case]
-    tensors = inputs(shape, FORMATS[memory_format], getattr(torch, dtype))
-    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype)
-    rows = []
-    # What the kernel tells of a process's memory it tells on Linux.
-    on_linux = sys.platform == "linux"
-    peaks = {name: peak_extra_mib(case, name, memory_format, dtype) for name in providers()} if on_linux else {}
-    for mode in MODES:
-        truths = run(published, [tensor.double() for tensor in tensors], upstream.double(), mode)
-        blocks = providers()
-        errors = {name: worst_error(run(block, tensors, upstream, mode), truths) for name, block in blocks.items()}
-        limit = 2 * errors["eager"] + FLOORS[dtype]
-        times: dict[str, list[float]] = {name: [] for name in blocks if errors[name] <= limit}
-        for name in blocks.keys() - times.keys():
-            print(f"not timed, because wrong: {name} on {case} ({errors[name]:.1e}, at most {limit:.1e})")
-        for _ in range(repeats):
-            for name, seconds in times.items():
-                start = time.perf_counter()
-                run(blocks[name], tensors, upstream, mode)
-                seconds.append(time.perf_counter() - start)
-        for name, seconds in times.items():
-            rows.append(
-                {
-                    "case": case,
-                    "shape": "x".join(map(str, shape)),
-                    "dtype": dtype,
-                    "format": memory_format,
-                    "mode": mode,
-                    "provider": name,
-                    "median_ms": round(1e3 * statistics.median(seconds), 2),
-                    "min_ms": round(1e3 * min(seconds), 2),
-                    "max_ms": round(1e3 * max(seconds), 2),
-                    "peak_extra_mib": round(peaks[name][mode], 1) if peaks else "",
-                    "error": f"{errors[name]:.1e}",
-                }
-            )
-            eager = statistics.median(times["eager"]) / statistics.median(seconds)
-            row = rows[-1]
-            print(
-                f"{case:11s} {dtype} {memory_format:16s} {mode:8s} {name:14s} {row['median_ms']:9.1f} ms, "
-                f"{eager:.2f} x eager, {row['peak_extra_mib']:>7} MiB, error {row['error']}",
-                flush=True,
-            )
-    return rows
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit that is measured, or nothing outside a clone."""
-    try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
-def table(device: str) -> Path:
-    """The file that keeps a device's rows."""
-    return RESULTS / f"{device.lower().replace(' ', '-')}.csv"
-
-
-def append(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """Adds rows to a table, which starts with the names of its columns."""
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def main() -> None:
-    """Measures and appends the rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help=f"only the cases {' and '.join(QUICK)}")
-    parser.add_argument("--repeats", type=int, default=9, help="passes of each provider (default: 9)")
-    parser.add_argument("--dtype", choices=FLOORS, default="float32", help="of the volumes (default: float32)")
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.peak:
-        _measure_peak(*arguments.peak)
-        return
-    device = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
-    common = {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
-    path = table(device)
-    for case in QUICK if arguments.quick else CASES:
-        for memory_format in FORMATS:
-            rows = measure(case, memory_format, arguments.repeats, arguments.dtype)
-            append(path, COLUMNS, ({**common, **row} for row in rows))
-    print(f"rows: {path}")
+        return compare.main([Path(word) for word in words])
+    arguments = parse(words)
+    return run_on_gpu(arguments) if verb == "gpu" else run_on_cpu(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

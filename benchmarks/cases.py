@@ -101,3 +101,19 @@ def quick() -> list[Case]:
         *named([CALL, "tiny 512", "middle 128", "narrow 32"], ["float32"], ["contiguous"]),
         *(case for case in sweep("V") if case.shape[2] <= 64),
     ]
+
+
+def on_gpu() -> list[Case]:
+    """What is measured on a GPU, which is lent for minutes: the most important first."""
+    half, single, formats = ["bfloat16"], ["float32"], list(FORMATS)
+    main = ["narrow 32, 128", "tiny 512", "wide 256", "middle 128"]
+    return [
+        *named(main, half, formats[1:]),
+        *named(main, half, formats[:1]),
+        *named(main[:3], single, formats[1:]),
+        *named(["middle 64", "narrow 32", "brain 16", "tiny 512 x2", "odd 65"], half, formats[1:]),
+        *sweep("V", "bfloat16"),
+        *named(main[:2], ["tf32", "float16"], formats[1:]),
+        *single_axes(["narrow 32, 128"], "bfloat16"),
+        *named([name for name in SHAPES if name != CALL], half, formats),
+    ]

@@ -167,8 +167,12 @@ class Cpu:
     def _matrix_gflop_per_s(self, dtype: str) -> float:
         if dtype == "float16":
             # Without instructions for it, a product takes a hundred times as long as one in float32.
-            return max(self._product(torch.float16, 256), self._product(torch.float32, 2048))
+            return max(self.half_gflop_per_s(), self._product(torch.float32, 2048))
         return self._product(DTYPES[dtype][0], 2048)
+
+    def half_gflop_per_s(self) -> float:
+        """The speed of a product in float16."""
+        return self._product(torch.float16, 256)
 
     def _product(self, dtype: torch.dtype, size: int) -> float:
         left, right = (torch.randn(size, size).to(dtype) for _ in range(2))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from support import random_block, random_volume, relative_error, with_gradients
 
-from benchmarks.gpu import arithmetic, grade
+from benchmarks.devices import arithmetic
+from benchmarks.inputs import grade
 from benchmarks.published import published
 from rsa_kernels import available_backends, recurrent_slice_attention
 from rsa_kernels.__main__ import FLOORS

@@ -2,14 +2,16 @@
 
 import statistics
 import time
+from functools import partial
 
 import pytest
 import torch
 from gpu.device import CHANNELS_LAST, DEVICE, DRY_RUN, KERNELS, asks_cuda, assert_same_bits, block_inputs, results_of
 from support import FORMATS, random_volume
 
-from benchmarks.__main__ import run
-from benchmarks.gpu import CASES, capture
+from benchmarks.cases import SHAPES
+from benchmarks.devices import capture
+from benchmarks.inputs import run
 from rsa_kernels import recurrent_slice_attention, slice_attention
 
 pytestmark = pytest.mark.parametrize("backend", KERNELS)
@@ -32,7 +34,7 @@ def inputs(shape, dtype, seed=1, memory_format=CHANNELS_LAST):
 
 
 def block_of(backend):
-    return lambda *tensors: recurrent_slice_attention(*tensors, backend=backend)
+    return partial(recurrent_slice_attention, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,9 +165,9 @@ def test_the_host_never_waits_for_the_device(shape, memory_format, dtype, backen
 
 
 @asks_cuda
-@pytest.mark.parametrize("case", ["tiny512", "narrow64"])
+@pytest.mark.parametrize("case", ["tiny 512", "middle 64"])
 def test_the_host_returns_from_a_call(case, backend, capsys):
-    tensors, upstream = inputs(CASES[case], torch.bfloat16)
+    tensors, upstream = inputs(SHAPES[case], torch.bfloat16)
     found = {}
     for mode in ("no_grad", "full"):
         run(block_of(backend), tensors, upstream, mode)

@@ -7,7 +7,7 @@ import torch
 from gpu.device import CHANNELS_LAST, DEVICE, KERNELS, asks_cuda, block_inputs, on_device
 from support import random_block, relative_error
 
-from benchmarks.gpu import grade
+from benchmarks.inputs import grade
 from rsa_kernels import recurrent_slice_attention
 from rsa_kernels.folding import fold
 

@@ -20,10 +20,12 @@ from gpu.device import (
 )
 from support import FORMATS, GOLDEN, WEIGHTS, golden_block, golden_tensor, random_volume, relative_error, with_gradients
 
-from benchmarks.gpu import CASES, DTYPES, arithmetic
+from benchmarks.cases import DTYPES, SHAPES
+from benchmarks.devices import arithmetic
 from rsa_kernels import recurrent_slice_attention, slice_attention
 
 PRECISIONS = list(DTYPES)
+REAL = ("tiny 512", "tiny 512 x2", "wide 256", "middle 128", "middle 64", "narrow 32, 128", "brain 16")
 
 
 def size(shape):
@@ -83,14 +85,14 @@ def test_flat_and_one_hot_maps_keep_to_the_error_budget(shape, axis, logits, pre
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", REAL)
 def test_volumes_of_real_size_keep_to_the_error_budget(case, precision, memory_format, backend):
     free, _ = torch.cuda.mem_get_info()
     # The published equations in float64 keep fifteen volumes, and need room for as many at most.
-    exact = torch.float64 if free > 30 * 8 * math.prod(CASES[case]) else torch.float32
+    exact = torch.float64 if free > 30 * 8 * math.prod(SHAPES[case]) else torch.float32
     if exact == torch.float32 and precision == "float32":
         pytest.skip(f"needs more than {free >> 30} GiB of free memory to be compared with float64")
-    assert_within_budget(CASES[case], (3, 4, 2), precision, memory_format, backend, exact)
+    assert_within_budget(SHAPES[case], (3, 4, 2), precision, memory_format, backend, exact)
 
 
 ATTENTIONS = [("bfloat16", *case) for case in [((1, 64, 3, 65, 4), 3), ((1, 20, 4, 3, 129), 4), ((2, 3, 1, 4, 5), 2)]]

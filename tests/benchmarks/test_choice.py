@@ -1,0 +1,66 @@
+"""The backend that ``auto`` takes is the one that the committed measurements speak for."""
+
+from itertools import groupby
+
+import pytest
+import torch
+from support import BACKENDS
+
+from benchmarks.cases import DTYPES
+from benchmarks.rows import block_paths, read
+from benchmarks.table import MEASURED
+from rsa_kernels.backends import choose
+
+WHAT = ("threads", "case", "shape", "axes", "dtype", "format", "mode")
+
+
+def slower_than_torch(rows, choose_backend):
+    """What ``auto`` would run though the rows show it slower than the torch backend by more than the spread."""
+    of_what = lambda row: tuple(row[column] for column in WHAT)  # noqa: E731
+    found = []
+    for what, group in groupby(sorted((row for row in rows if row["status"] == MEASURED), key=of_what), of_what):
+        by_provider = {row["provider"]: row for row in group}
+        chosen = choose_backend(*(dict(zip(WHAT, what, strict=True))[column] for column in ("shape", "axes", "dtype")))
+        if {"torch", chosen} <= by_provider.keys() and float(by_provider[chosen]["low_ms"]) > float(
+            by_provider["torch"]["high_ms"]
+        ):
+            found.append((chosen, *what))
+    return found
+
+
+def chosen_here(shape, axes, dtype):
+    sizes = [int(size) for size in shape.split("x")]
+    return choose(torch.empty(1, dtype=DTYPES[dtype][0]).expand(sizes), [int(axis) for axis in axes]).backend
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built, so auto cannot take it")
+@pytest.mark.parametrize(
+    "path", [path for path in block_paths() if "nvidia" not in path.name], ids=lambda path: path.stem
+)
+def test_auto_takes_nothing_that_the_rows_show_slower_than_torch(path):
+    rows = read(path)
+    assert sum(row["provider"] == "torch" and row["status"] == MEASURED for row in rows) >= 8
+    assert slower_than_torch(rows, chosen_here) == []
+
+
+def test_a_backend_slower_than_torch_beyond_the_spread_is_found():
+    same = {
+        "threads": "2",
+        "case": "x",
+        "shape": "1x8x4x4x4",
+        "axes": "342",
+        "dtype": "float32",
+        "format": "contiguous",
+    }
+    rows = [
+        {**same, "mode": mode, "provider": provider, "status": MEASURED, "low_ms": low, "high_ms": high}
+        for mode, provider, low, high in [
+            ("full", "torch", "1.0", "1.2"),
+            ("full", "cpp", "1.3", "1.5"),
+            ("no_grad", "torch", "1.0", "1.2"),
+            ("no_grad", "cpp", "1.1", "1.5"),
+        ]
+    ]
+    (found,) = slower_than_torch(rows, lambda *what: "cpp")
+    assert (found[0], found[-1]) == ("cpp", "full")
+    assert slower_than_torch(rows, lambda *what: "torch") == []
