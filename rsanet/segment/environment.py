@@ -6,10 +6,12 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.nn.functional import conv3d
 
 from rsa_kernels import available_backends, explain
 from rsa_kernels.backends import AUTO, requested
@@ -19,6 +21,9 @@ from rsanet.segment.recipe import PRECISIONS
 
 # The layout in which 3-D convolutions are fastest: by a fifth to a third in training on a CPU.
 MEMORY_FORMAT = torch.channels_last_3d
+
+# See `shallow_gradient_is_wrong`.
+WRONG_DEPTH = 2
 
 VERSIONS = ("rsanet", "torch", "triton", "numpy", "monai", "lightning", "nibabel", "scipy")
 
@@ -72,6 +77,57 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     if has_bf16_instructions(device):
         return Precision("bf16", f"this {device.type.upper().replace('CUDA', 'GPU')} multiplies bf16 in hardware")
     return Precision("fp32", f"this {device.type.upper().replace('CUDA', 'GPU')} has no bf16 matrix instructions")
+
+
+@lru_cache(maxsize=1)
+def shallow_gradient_is_wrong() -> bool:
+    """Whether this CPU gives a convolution of a volume of `WRONG_DEPTH` slices a wrong gradient of its weights in bf16.
+
+    The AVX-512 kernel of oneDNN 3.12 leaves them unwritten.
+    """
+    generator = torch.Generator().manual_seed(0)
+    volume = torch.randn(1, 16, WRONG_DEPTH, 4, 4, generator=generator).bfloat16()
+    weight = torch.randn(16, 16, 3, 3, 3, generator=generator).bfloat16()
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        leaf = weight.to(dtype, copy=True).requires_grad_()
+        out = conv3d(volume.to(dtype), leaf, padding=1)
+        return torch.autograd.grad(out, leaf, torch.ones_like(out))[0].float()
+
+    exact = gradient(torch.float32)
+    return not all((gradient(torch.bfloat16) - exact).norm() < 0.1 * exact.norm() for _ in range(3))
+
+
+def refuse_wrong_gradients(
+    patch: Sequence[int], levels: int, precision: Precision, device: torch.device, compiled: bool
+) -> None:
+    """Names what would train on wrong gradients in silence, because of faults in the libraries below.
+
+    Args:
+        patch: voxels along z, y, x.
+        levels: of the network; each halves the size.
+        precision: to train in.
+        device: to train on.
+        compiled: whether the network is compiled.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if device.type != "cpu" or precision.name != "bf16":
+        return
+    if compiled:
+        raise ValueError(
+            "--compile is given with precision bf16 on a CPU, where torch computes wrong gradients of the decoder: "
+            "leave --compile out, or give --precision fp32."
+        )
+    depths = [-(-patch[0] // 2**level) for level in range(levels)]
+    if WRONG_DEPTH in depths and shallow_gradient_is_wrong():
+        level = depths.index(WRONG_DEPTH)
+        raise ValueError(
+            f"A patch {patch[0]} voxels deep is {WRONG_DEPTH} deep at the network's level {level + 1}, where this "
+            f"CPU's bf16 convolutions give wrong gradients: give --patch more than {WRONG_DEPTH * 2**level} voxels, "
+            "or --precision fp32."
+        )
 
 
 def processor_name() -> str:

@@ -36,6 +36,7 @@ from rsanet.segment.environment import (
     package_versions,
     pick_device,
     pick_precision,
+    refuse_wrong_gradients,
 )
 from rsanet.segment.layouts import Case
 from rsanet.segment.metrics import dice
@@ -239,6 +240,7 @@ def train(
         room = available_memory(fabric.device) * 0.8 / (recipe.devices if device.type == "cpu" else 1)
         patch = choose_patch(shapes, recipe.channels, room, samples, device.type)
     patch = fabric.broadcast(tuple(patch))
+    refuse_wrong_gradients(patch, len(recipe.channels), precision, device, recipe.compile)
     network = RSANet(
         len(contrasts),
         2,
