@@ -125,7 +125,7 @@ def refuse_wrong_gradients(
         level = depths.index(WRONG_DEPTH)
         raise ValueError(
             f"A patch {patch[0]} voxels deep is {WRONG_DEPTH} deep at the network's level {level + 1}, where this "
-            f"CPU's bf16 convolutions give wrong gradients: give --patch more than {WRONG_DEPTH * 2**level} voxels, "
+            f"CPU's bf16 convolutions give wrong gradients: give --patch more than {WRONG_DEPTH * 2 ** (levels - 1)} voxels, "
             "or --precision fp32."
         )
 
