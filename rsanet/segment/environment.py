@@ -122,11 +122,10 @@ def refuse_wrong_gradients(
         )
     depths = [-(-patch[0] // 2**level) for level in range(levels)]
     if WRONG_DEPTH in depths and shallow_gradient_is_wrong():
-        level = depths.index(WRONG_DEPTH)
+        level, deepest = depths.index(WRONG_DEPTH), WRONG_DEPTH * 2 ** (levels - 1)
         raise ValueError(
             f"A patch {patch[0]} voxels deep is {WRONG_DEPTH} deep at the network's level {level + 1}, where this "
-            f"CPU's bf16 convolutions give wrong gradients: give --patch more than {WRONG_DEPTH * 2 ** (levels - 1)} voxels, "
-            "or --precision fp32."
+            f"CPU's bf16 convolutions give wrong gradients: give --patch more than {deepest} voxels, or --precision fp32."
         )
 
 
