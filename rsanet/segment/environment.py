@@ -125,7 +125,8 @@ def refuse_wrong_gradients(
         level, deepest = depths.index(WRONG_DEPTH), WRONG_DEPTH * 2 ** (levels - 1)
         raise ValueError(
             f"A patch {patch[0]} voxels deep is {WRONG_DEPTH} deep at the network's level {level + 1}, where this "
-            f"CPU's bf16 convolutions give wrong gradients: give --patch more than {deepest} voxels, or --precision fp32."
+            f"CPU's bf16 convolutions give wrong gradients: give --patch more than {deepest} voxels, or "
+            "--precision fp32."
         )
 
 
