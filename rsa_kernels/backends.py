@@ -20,6 +20,7 @@ from rsa_kernels import native
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
 OLDEST_TRITON = (3, 6)
+LONE_CHANNEL_VOXELS = 1 << 18
 FEW_CHANNELS = 256
 
 # In order of preference. A module is imported when it is first needed.
@@ -224,13 +225,20 @@ class Explanation:
         return "\n".join(lines + [f"{name}: {reason}" for name, reason in self.others.items()])
 
 
+def _is_a_lone_channel(channels: int, voxels: int, axes: Sequence[int]) -> str | None:
+    """Why a block of one channel is left to PyTorch where there are voxels enough to make its calls worth while."""
+    if axes and channels == 1 and voxels >= LONE_CHANNEL_VOXELS:
+        return f"fills one lane of a vector with one channel, which does not pay on {voxels} voxels"
+    return None
+
+
 def choose(x: Tensor, axes: Sequence[int]) -> Explanation:
     """The backend for a volume, by rules that the benchmarks justify; without axes, for attention alone."""
     channels, voxels = x.shape[1], x.numel() // x.shape[1]
     reasons = {
         "triton": cannot_run("triton", x) or _is_not_preferred(x),
         "cuda": cannot_run("cuda", x) or _is_not_measured(x),
-        "cpp": cannot_run("cpp", x),
+        "cpp": cannot_run("cpp", x) or _is_a_lone_channel(channels, voxels, axes),
         "torch": None,
         "reference": None,
     }

@@ -64,3 +64,10 @@ def test_a_backend_slower_than_torch_beyond_the_spread_is_found():
     (found,) = slower_than_torch(rows, lambda *what: "cpp")
     assert (found[0], found[-1]) == ("cpp", "full")
     assert slower_than_torch(rows, lambda *what: "torch") == []
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built, so auto cannot take it")
+def test_one_channel_of_many_voxels_is_left_to_pytorch():
+    assert chosen_here("1x1x61x67x71", "342", "float32") == "torch"
+    assert chosen_here("1x2x61x67x71", "342", "float32") == "cpp"
+    assert chosen_here("1x1x16x16x16", "342", "float32") == "cpp"
