@@ -37,7 +37,7 @@ ifeq ($(shell uname -sm),Linux x86_64)
 endif
 
 # Measures the block beside what a user would pick instead, on this machine when it is quiet, and draws the results. The
-# first takes over an hour on two cores, the second less than ten minutes.
+# first takes hours on two cores, the second minutes.
 bench: install
 	$(RUN)/python -m benchmarks
 	$(RUN)/python -m benchmarks network

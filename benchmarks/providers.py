@@ -18,7 +18,7 @@ EAGER, AUTOCAST, COMPILED, SDPA, NON_LOCAL = "eager", "eager autocast", "torch.c
 RECOMPUTE = "recompute"
 # Where a full pass would take longer than this at the speed of a matrix product, it is skipped; so slow is only what
 # RSA replaces, and float16 on processors without instructions for it.
-LONGEST_SECONDS = 10.0
+LONGEST_SECONDS = 3.0
 
 Block = Callable[..., Tensor]
 
