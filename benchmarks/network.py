@@ -85,8 +85,9 @@ KEY = ("device", "threads", "case", "shape", "window", "channels", "provider")
 # The volume on which errors are found: small, since float64 takes its time, but not so small that the bottleneck is two
 # slices deep: there oneDNN 3.12 gives convolutions in bfloat16 a wrong gradient of their weights.
 SMALL = (48, 32, 32)
-# What an error may be besides twice that of the published network: ReLUs open and close by the last bit of a sum.
-FLOORS = {"fp32": 1e-5, "bf16": 1.6e-2}
+# What an error may be besides twice that of the published network: ReLUs open and close by the last bit of a sum, and
+# PyTorch's group norm on the CPU is coarser in channels_last_3d.
+FLOORS = {"fp32": 1e-3, "bf16": 1.6e-2}
 # Seconds for the turns of a case, and how many turns there are.
 SECONDS, QUICK_SECONDS, FEWEST, MOST = 120.0, 20.0, 3, 15
 # What is left to others, in bytes.

@@ -9,6 +9,7 @@ import torch
 from support import BACKENDS
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import __main__ as benchmarks_main
 from benchmarks import block, inputs, memory, table
 from benchmarks.__main__ import main
 from benchmarks.cases import DTYPES, Case
@@ -275,6 +276,14 @@ def test_a_case_that_there_is_not_is_named(capsys):
         main(["--cases", "huge"])
     assert ended.value.code == 2
     assert "no case is called huge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("provider", "status"), [("cpp", 1), ("cpp recompute", 1), ("sdpa", 0)])
+def test_a_run_fails_by_what_is_ours_alone(provider, status, monkeypatch, tmp_path, capsys):
+    row = {"provider": provider, "mode": "full", "status": "wrong", "note": "off", "case": "tiny 512"}
+    monkeypatch.setattr(benchmarks_main, "measure", lambda *arguments: [row])
+    assert main(["--quick", "--cases", "tiny 512", "--output", str(tmp_path)]) == status
+    assert "not timed: wrong: off" in capsys.readouterr().out
 
 
 def test_a_verb_that_there_is_not_is_named(capsys):
