@@ -218,6 +218,7 @@ def train(
         raise ValueError(f"{data} has other cases than {run.folder} was begun with: give the data set of that run.")
 
     silence_libraries()
+    connected = torch.distributed.is_initialized()
     fabric = Fabric(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index or 0] if device.type == "cuda" and recipe.devices == 1 else recipe.devices,
@@ -280,11 +281,14 @@ def train(
             f"patch {sizes(patch)}, batch {recipe.batch}, seed {recipe.seed}.",
             flush=True,
         )
-    if progress.is_over(recipe):
-        if fabric.is_global_zero:
-            print(f"The run ended at step {progress.step}: there is nothing left to do.", flush=True)
-        return run.model
-    session.fit(volumes)
+    if not progress.is_over(recipe):
+        session.fit(volumes)
+    elif fabric.is_global_zero:
+        print(f"The run ended at step {progress.step}: there is nothing left to do.", flush=True)
+    if torch.distributed.is_initialized() and not connected:
+        # The connection's threads may want the interpreter when it ends, and that aborts the process.
+        fabric.barrier()
+        torch.distributed.destroy_process_group()
     return run.model
 
 
