@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rsanet.attention import DEFAULT_AXES, NonLocalBlock, RSABlock
 from rsanet.configuration import PAPER_CONFIGURATIONS, check_configuration
-from rsanet.unet import ConvBlock, Downsample, Norm, UpConcat
+from rsanet.unet import ConvBlock, ConvPair, Downsample, Norm, UpConcat
 
 
 class RSANet(nn.Module):
@@ -100,7 +100,7 @@ class RSANet(nn.Module):
         for level in reversed(range(bottleneck)):
             up = UpConcat(widths[level + 1], widths[level], norm, block, dropout, upsample, pad)
             self.add_module(f"up_concat{level + 1}", up)
-        self.final = nn.Sequential(
+        self.final = ConvPair(
             nn.Conv3d(widths[0], widths[0], 3, padding=1, bias=False),
             nn.Conv3d(widths[0], out_channels, 1, bias=False),
         )
