@@ -98,8 +98,8 @@ def everything() -> list[Case]:
 def quick() -> list[Case]:
     """What ``make bench-quick`` measures: enough for the pictures."""
     return [
-        *named([CALL, "tiny 512", "middle 128", "narrow 32"], ["float32"], ["contiguous"]),
-        *(case for case in sweep("V") if case.shape[2] <= 64),
+        *named([CALL, "tiny 512", "narrow 32"], ["float32"], ["contiguous"]),
+        *(case for case in sweep("V") if case.shape[2] <= 48),
     ]
 
 
