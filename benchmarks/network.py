@@ -56,7 +56,7 @@ from rsanet.segment.prediction import name_images
 from rsanet.segment.recipe import Recipe
 from rsanet.segment.segmenter import WINDOWS, lesion_probability, model_file
 from rsanet.segment.training import CRITERIA, LONGEST_GRADIENT, make_optimizer
-from rsanet.unet import GroupNorm
+from rsanet.unet import GroupNorm, UpConcat, pad_or_crop
 
 TRAIN, WINDOWED, WHOLE = "training step", "windows", "whole volume"
 COLUMNS = WHERE | {
@@ -105,8 +105,18 @@ class PublishedAttention(RSABlock):
         return published(x, *weights, torch.stack(list(self.betas)), axes, self.scale)
 
 
+class PublishedUpConcat(UpConcat):
+    """A level of the decoder that is upsampled, concatenated and convolved as it stands."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Joins ``(N, in, ...)`` from below and the skip connection ``(N, out, D, H, W)``."""
+        return self.conv(torch.cat([skip, pad_or_crop(self.up(x), skip.shape[2:], self.pad)], 1))
+
+
 def published_network(network: RSANet) -> RSANet:
     """The published network with the weights of one of ours: eager equations, PyTorch's group norm, contiguous.
+
+    Its decoder and its last convolutions are computed as they stand, too.
 
     Args:
         network: any `RSANet`; is left as it is.
@@ -121,6 +131,9 @@ def published_network(network: RSANet) -> RSANet:
         elif isinstance(module, GroupNorm):
             plain = nn.GroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
             twin.set_submodule(name, plain)
+        elif isinstance(module, UpConcat):
+            module.__class__ = PublishedUpConcat
+    twin.final = nn.Sequential(*twin.final)
     twin.load_state_dict(network.state_dict())
     weight = next(network.parameters())
     return twin.to(weight.device, weight.dtype).train(network.training)

@@ -63,6 +63,20 @@ def test_the_published_network_computes_the_same_function(size):
     assert (without(volume) - ours(volume)).abs().max() > 1e-3
 
 
+def test_the_published_network_has_none_of_our_shortcuts(monkeypatch):
+    network, volume = Source(config=SMALL).network(), torch.randn(1, 3, 32, 32, 32)
+    ours, twin = network(volume), benchmark.published_network(network)
+
+    def shortcut(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr("rsanet.unet.conv_of_upsampled", shortcut)
+    monkeypatch.setattr("rsanet.unet.torch.einsum", shortcut)
+    with pytest.raises(AssertionError):
+        network(volume)
+    torch.testing.assert_close(twin(volume), ours, rtol=1e-3, atol=1e-4)
+
+
 def test_weights_go_both_ways_between_the_networks():
     ours = Source(config=SMALL).network()
     twin = benchmark.published_network(ours)
