@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.cases import SHAPES, SWEEPS
 from benchmarks.providers import AUTOCAST, COMPILED, EAGER, NON_LOCAL, RECOMPUTE, SDPA
-from benchmarks.report import PASSES, USUAL, fill, markdown, markdown_all, markers, replace, time_words
+from benchmarks.report import (
+    PASSES,
+    USUAL,
+    fill,
+    markdown,
+    markdown_all,
+    markers,
+    network_markdown,
+    replace,
+    time_words,
+)
 from benchmarks.rows import (
     ALL_AXES,
     DAGGER,
@@ -19,9 +29,11 @@ from benchmarks.rows import (
     is_measured,
     is_noisy,
     milliseconds,
+    network_path,
     number,
     of_main_setting,
     read,
+    read_network,
     select,
     shape_of,
     times,
@@ -144,13 +156,16 @@ def main(tables: Sequence[Path] = ()) -> int:
 
 def _all_of(table: Table) -> Iterator[Path]:
     yield from draw(table, PICTURES)
-    everything = table.path.with_suffix(".md")
-    replace(everything, markdown_all(table))
+    everything, network = table.path.with_suffix(".md"), read_network(network_path(table.path))
+    texts = [markdown_all(table)]
+    if network:
+        texts += ["## The whole network\n", network_markdown(network) + "\n"]
+    replace(everything, "\n".join(texts))
     yield everything
-    name = table.path.stem
-    if README.is_file() and any(marker in README.read_text(encoding="utf-8") for marker in markers(name)):
-        fill(README, name, markdown(table))
-        yield README
+    for name, text in ((table.path.stem, markdown(table)), (network_path(table.path).stem, network_markdown(network))):
+        if README.is_file() and any(marker in README.read_text(encoding="utf-8") for marker in markers(name)):
+            fill(README, name, text)
+            yield README
 
 
 @contextmanager

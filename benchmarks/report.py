@@ -37,6 +37,14 @@ PASSES = {
 AXIS_NAMES = {"2": "axial", "3": "coronal", "4": "sagittal"}
 # What a network meets: the odd volumes, batches and allocations just below a limit are for the table of everything.
 USUAL = ("tiny 512", "wide 256", "middle 128", "middle 64", "narrow 32", *LARGE)
+# Whom the table of whole networks shows: the yardstick first, what `rsanet` does by default last.
+NETWORKS = {
+    "published eager fp32": "published, float32",
+    "published compiled fp32": "compiled",
+    "published eager autocast bf16": "published, autocast bfloat16",
+    "ours fp32": "ours, float32",
+    "ours bf16": "ours, bfloat16",
+}
 # The backend that ``auto`` takes where it runs, the fastest device's first.
 OWN = ("triton", "cuda", "cpp", "torch")
 
@@ -107,6 +115,32 @@ def _all_of_a_setting(rows: Sequence[Row]) -> list[str]:
         cells += [_percent(found.get(own)), _ratio(found, own, EAGER, "error")]
         lines.append(_line(volume, *group[2:4], PASSES[group[4]], *cells))
     return lines
+
+
+def network_markdown(rows: Sequence[Row]) -> str:
+    """The whole network's table: a line for each case, of the device and number of threads that most rows have."""
+    rows = of_main_setting(rows)
+    if not any(map(is_measured, rows)):
+        return "Not yet measured."
+    yardstick, *_, own = NETWORKS
+    ratio, share, memory = "ours to published", "RSA's share of ours", "MiB: published, ours"
+    lines = _heading("", *NETWORKS.values(), ratio, "Dice of the two masks", share, memory)
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault((row["case"], row["shape"], row["window"]), {})[row["provider"]] = row
+    for (case, shape, window), found in cases.items():
+        batch, channels, size = shape.split("x", 2)
+        words = [case, f"{channels} × {size.replace('x', ' × ')}" + (f", batch {batch}" if batch != "1" else "")]
+        if case == "windows":
+            words.append(f"in {window.replace('x', ' × ')}")
+        fastest = _fastest(found, list(NETWORKS))
+        cells = [f"**{cell}**" if name == fastest else cell for name, cell in _times(found, list(NETWORKS))]
+        ours = found.get(own)
+        attention = number(ours, "attention_percent")
+        cells += [_ratio(found, yardstick, own), (ours or {}).get("dice") or NOTHING]
+        cells += [NOTHING if attention is None else f"{attention:.1f} %"]
+        lines.append(_line(", ".join(words), *cells, ", ".join(_memory(found.get(name)) for name in (yardstick, own))))
+    return "\n".join([*lines, "", f"{where(rows)}; medians, the fastest of a row in bold.", *_noise(rows)])
 
 
 def own_provider(rows: Sequence[Row]) -> str:

@@ -30,6 +30,26 @@ def block_paths(folder: Path = RESULTS) -> list[Path]:
     return sorted(path for path in folder.glob("*.csv") if not path.stem.endswith("-network"))
 
 
+def network_path(block: Path) -> Path:
+    """The network's table of the device of a block table."""
+    return block.with_name(f"{block.stem}-network.csv")
+
+
+def read_network(path: Path) -> list[Row]:
+    """The rows of a network's table; none where there is no such file.
+
+    Raises:
+        TableError: if it is something else.
+    """
+    rows = parse(path.read_text(encoding="utf-8")) if path.is_file() else []
+    for column in ("device", "threads", "case", "shape", "window", "provider", "status", "median_ms"):
+        if rows and column not in rows[0]:
+            raise TableError(
+                f"{path} is no network table, it has no column {column}: measure with `python -m benchmarks network`."
+            )
+    return rows
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a block table.
 

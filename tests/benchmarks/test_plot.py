@@ -356,15 +356,30 @@ def places(tmp_path, monkeypatch):
 def test_the_command_draws_every_block_table_and_prints_the_paths(places, table, capsys):
     table(*both_passes("tiny 512"))
     table(*grown("V", "cpp"), name="other.csv")
-    (places / "some-cpu-network.csv").write_text("network,time\nRSANet,1\n")
+    common = "Some CPU,2,windows,1x3x64x80x64,64x64x64,measured"
+    (places / "some-cpu-network.csv").write_text(
+        "device,threads,case,shape,window,status,provider,median_ms,dice,attention_percent,peak_extra_mib\n"
+        f"{common},published eager fp32,3000,1.0000,0.9,480\n{common},ours bf16,1000,0.9990,0.31,120\n"
+    )
     readme = places / "README.md"
-    readme.write_text("<!-- benchmark:some-cpu -->\n<!-- /benchmark:some-cpu -->\n")
+    marked = "".join(
+        f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->\n" for name in ("some-cpu", "some-cpu-network")
+    )
+    readme.write_text(marked)
     assert plot.main() == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("not drawn")]
-    names = ["memory-other.svg", "sweeps-other.svg", "other.md", "speed-some-cpu.svg", "some-cpu.md", "README.md"]
+    names = ["memory-other.svg", "sweeps-other.svg", "other.md", "speed-some-cpu.svg", "some-cpu.md"]
+    names += ["README.md", "README.md"]
     assert [line.rsplit("/", 1)[1] for line in printed] == names
     assert (places / "some-cpu.md").read_text().startswith("# The block on Some CPU\n")
     assert "512 channels, 10 × 14 × 10" in readme.read_text(encoding="utf-8")
+    line = "| windows, 3 × 64 × 80 × 64, in 64 × 64 × 64 | 3000 ms | not yet measured | not yet measured | "
+    line += "not yet measured | **1000 ms** | 3.0× | 0.9990 | 0.3 % | 480, 120 |"
+    assert line in readme.read_text(encoding="utf-8")
+    assert line in (places / "some-cpu.md").read_text(encoding="utf-8")
+    (places / "some-cpu-network.csv").write_text("network,time\nRSANet,1\n")
+    assert plot.main() == 2
+    assert "is no network table, it has no column device" in capsys.readouterr().out
 
 
 def test_a_table_that_is_none_does_not_keep_others_from_being_drawn(places, table, capsys):
