@@ -63,8 +63,9 @@ def markdown(table: Table) -> str:
     lines = [
         *_heading("volume", "pass", *headings, f"`{own}` to eager", "of the floor's speed", _memory_heading(own)),
     ]
+    missing = [case for case in USUAL if all(row["case"] != case for row in rows)]
     for case in USUAL:
-        for mode in ("full", "no_grad"):
+        for mode in () if case in missing else ("full", "no_grad"):
             found = {row["provider"]: row for row in rows if (row["case"], row["mode"]) == (case, mode)}
             fastest = _fastest(found, columns)
             cells = [f"**{cell}**" if name == fastest else cell for name, cell in _times(found, columns)]
@@ -72,6 +73,8 @@ def markdown(table: Table) -> str:
             measures = [_ratio(found, EAGER, own), _percent(found.get(own)), memory]
             lines.append(_line(volume_label(SHAPES[case]), PASSES[mode], *cells, *measures))
     notes = [f"{where(rows)}; medians, the fastest of a row in bold."]
+    if missing:
+        notes += ["", f"Not yet measured: {'; '.join(volume_label(SHAPES[case]) for case in missing)}."]
     return "\n".join([*lines, "", *notes, *_noise(rows)])
 
 
