@@ -7,11 +7,11 @@
 //
 // with panels of as many channels as there, and zeros for the second slice where the number of slices is odd.
 //
-// Volumes are exact in bfloat16. All else is rounded once, as the published block does in bfloat16: Q = M^T x + u,
-// attention maps, projected and mixed volumes, and the gradients between the kernels of a pass. Unlike there, logits
-// are sums in float, added in double, and never rounded. An error of M is the same in all voxels, and few channels do
-// not average it out: up to EXACT_CHANNELS, where it costs little, M is there twice, rounded and what the rounding left
-// over. Products and operands below 2^-126 count as zero: so the instruction is made.
+// Volumes are exact in bfloat16. Softmax magnifies an error of the logits, so all that they are made of is there twice,
+// rounded and what the rounding left over: M, and Q' = M^T x + u. Together these hold 16 bits, and the map costs as
+// much as in float. Attention maps, projected and mixed volumes, and all gradients between the kernels of a pass are
+// rounded once; sums are in float, and in double where they are there. Products and operands below 2^-126 count as
+// zero: so the instruction is made.
 #pragma once
 
 #include "kernels.h"
@@ -26,7 +26,6 @@ using Half = uint16_t;
 using Pair = uint32_t;
 
 constexpr int N = V::N, ROWS = 6, VECTORS = 4;
-constexpr int64_t EXACT_CHANNELS = 32;
 
 // Pairs that a number of rows, slices or channels makes.
 inline int64_t pairs_of(int64_t count) { return (count + 1) / 2; }
@@ -92,14 +91,15 @@ RSA_INLINE __m512i paired(__m512 first, __m512 second) {
 
 // The first kernel: C[r][v] = initial + sum_k <B[r, k], X[k][v]>, k counting pairs ------------------------------------
 
-// What becomes of the sums: kept in float; rounded to halves; rows paired; or rows both paired and as halves.
-enum class Out { kFloat, kHalf, kPair, kBoth };
+// What becomes of the sums: kept in float; rounded to halves; to halves and what is left over; rows paired; or rows
+// both paired and as halves.
+enum class Out { kFloat, kHalf, kSplit, kPair, kBoth };
 
 // Where the sums go, and what is added to them last: floats and halves in the places of the sums, and a row for all,
 // times a factor of each row if `factors` is not null.
 struct Target {
   float* sums = nullptr;
-  Half* half = nullptr;
+  Half *half = nullptr, *low = nullptr;
   Pair* pair = nullptr;
   const float *bias = nullptr, *factors = nullptr;
   const float* initial = nullptr;
@@ -112,6 +112,7 @@ struct Target {
     Target moved = *this;
     if (sums) moved.sums += offset;
     if (half) moved.half += offset;
+    if (low) moved.low += offset;
     if (pair) moved.pair += rows / 2 * row + columns;
     if (bias) moved.bias += columns;
     if (factors) moved.factors += rows;
@@ -189,6 +190,15 @@ void pair_updates(const Factors& factors, const Target& to) {
       if (NV % 2) store_half(to.half + r * to.row + (NV - 1) * N, narrowed(sums[r][NV - 1]));
     }
   }
+  if (OUT == Out::kSplit) {
+    RSA_UNROLL for (int r = 0; r < R; ++r) {
+      RSA_UNROLL for (int v = 0; v < NV; ++v) {
+        const __m256i high = narrowed(sums[r][v]);
+        store_half(to.half + r * to.row + v * N, high);
+        store_half(to.low + r * to.row + v * N, narrowed(_mm512_sub_ps(sums[r][v], widened(high))));
+      }
+    }
+  }
   if (OUT == Out::kPair || OUT == Out::kBoth) {
     RSA_UNROLL for (int r = 0; r < R; r += 2) {
       RSA_UNROLL for (int v = 0; v < NV; ++v) {
@@ -241,33 +251,32 @@ struct Shape {
   int64_t pair(int64_t panel) const { return panels.start(panel) * pairs_of(slices) * places; }
 };
 
-// Elements of weights (C, C) in pairs of rows.
-inline int64_t weight_pairs(const Tiles& panels) { return pairs_of(panels.channels) * panels.padded; }
-
-// Weights (C, C) in pairs of rows, as they were in panels of columns; in two parts if `low` is not null.
+// Weights (C, C) in pairs of rows, as they were in panels of columns; in two parts, or with `low` null in one.
 struct Weights {
-  const Pair *high = nullptr, *low = nullptr;
-};
+  Pair *high, *low;
 
-// Rounds weights, and pairs their rows; what is left over goes to `low`, if it is not null.
-inline Weights pair_rows(const Tiles& panels, const void* weights, Pair* high, Pair* low = nullptr) {
-  const int64_t channels = panels.channels;
-  for (int64_t panel = 0; panel < panels.count; ++panel) {
-    const int64_t width = panels.width(panel);
-    const float* rows = static_cast<const float*>(weights) + panels.start(panel) * channels;
-    const int64_t offset = panels.start(panel) * pairs_of(channels);
-    for (int64_t row = 0; row < channels; row += 2) {
-      for (int64_t c = 0; c < width; c += N) {
-        const __m512 a = _mm512_loadu_ps(rows + row * width + c);
-        const __m512 b = row + 1 < channels ? _mm512_loadu_ps(rows + (row + 1) * width + c) : _mm512_setzero_ps();
-        const int64_t at = offset + row / 2 * width + c;
-        store(high + at, paired(a, b));
-        if (low) store(low + at, paired(_mm512_sub_ps(a, widened(narrowed(a))), _mm512_sub_ps(b, widened(narrowed(b)))));
+  static int64_t elements(const Tiles& panels) { return pairs_of(panels.channels) * panels.padded; }
+
+  // Rounds panels of floats.
+  void read(const Tiles& panels, const void* from) const {
+    const int64_t channels = panels.channels;
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t width = panels.width(panel);
+      const float* rows = static_cast<const float*>(from) + panels.start(panel) * channels;
+      const int64_t offset = panels.start(panel) * pairs_of(channels);
+      for (int64_t row = 0; row < channels; row += 2) {
+        for (int64_t c = 0; c < width; c += N) {
+          const __m512 a = _mm512_loadu_ps(rows + row * width + c);
+          const __m512 b = row + 1 < channels ? _mm512_loadu_ps(rows + (row + 1) * width + c) : _mm512_setzero_ps();
+          const int64_t at = offset + row / 2 * width + c;
+          store(high + at, paired(a, b));
+          if (!low) continue;
+          store(low + at, paired(_mm512_sub_ps(a, widened(narrowed(a))), _mm512_sub_ps(b, widened(narrowed(b)))));
+        }
       }
     }
   }
-  return {high, low};
-}
+};
 
 // out[voxel][:] = initial + bias + sum_c rows[voxel][c] weights[c][:]; `sums` has room for a panel in float, or is a
 // tile where the result goes or the initial one is.
@@ -344,16 +353,20 @@ RSA_INLINE __m512i load_pairs(const Half* from) {
   return WHOLE ? load(from) : _mm512_zextsi256_si512(load_half(from));
 }
 
-// sums[r][q] += rows_r column_q: R rows, of which the first three start at `rows`.
-template <int R, bool WHOLE>
-RSA_INLINE void add_dots(const Half* rows, int64_t run, const Half* const (&columns)[4], int64_t k,
+// sums[r][q] += rows_r column_q, and low_r column_q if SPLIT: R rows, of which the first three start at `rows`.
+template <int R, bool SPLIT, bool WHOLE>
+RSA_INLINE void add_dots(const Half* rows, const Half* low, int64_t run, const Half* const (&columns)[4], int64_t k,
                          __m512 (&sums)[R][4]) {
-  const Half* upper = rows + 3 * run;
+  const Half *upper = rows + 3 * run, *upper_low = low + 3 * run;
   __m512i factors[4];
   RSA_UNROLL for (int q = 0; q < 4; ++q) factors[q] = load_pairs<WHOLE>(columns[q] + k);
   RSA_UNROLL for (int r = 0; r < R; ++r) {
     const __m512i factor = load_pairs<WHOLE>((r < 3 ? rows + r * run : upper + (r - 3) * run) + k);
     RSA_UNROLL for (int q = 0; q < 4; ++q) sums[r][q] = add_products(sums[r][q], factor, factors[q]);
+    if (SPLIT) {
+      const __m512i rest = load_pairs<WHOLE>((r < 3 ? low + r * run : upper_low + (r - 3) * run) + k);
+      RSA_UNROLL for (int q = 0; q < 4; ++q) sums[r][q] = add_products(sums[r][q], rest, factors[q]);
+    }
   }
 }
 
@@ -370,10 +383,10 @@ RSA_INLINE void add_four(__m512 a, __m512 b, __m512 c, __m512 d, double* to, int
   _mm256_mask_storeu_pd(to, mask, total);
 }
 
-// to[r][q] += <rows_{row + r}, columns_{column + q}>, q < count.
-template <int R>
-void dot_halves(const Shape& shape, const Half* rows, const Half* columns, int64_t row, int64_t column, int count,
-                double* to) {
+// to[r][q] += <rows_{row + r} + low_{row + r}, columns_{column + q}>, q < count; `low` only if SPLIT.
+template <int R, bool SPLIT>
+void dot_halves(const Shape& shape, const Half* rows, const Half* low, const Half* columns, int64_t row, int64_t column,
+                int count, double* to) {
   // Vectors of a chain that is rounded to float: two terms a lane each.
   constexpr int64_t CHAIN = 64;
   constexpr int64_t LANES = 2 * N;
@@ -381,7 +394,7 @@ void dot_halves(const Shape& shape, const Half* rows, const Half* columns, int64
     const int64_t run = shape.places * shape.panels.width(panel), offset = shape.half(panel);
     const int64_t vectors = run / LANES, chains = (vectors + CHAIN - 1) / CHAIN;
     const int64_t chain = chains ? (vectors + chains - 1) / chains * LANES : run;
-    const Half* left = rows + offset + row * run;
+    const Half *left = rows + offset + row * run, *left_low = SPLIT ? low + offset + row * run : left;
     const Half* right[4];
     RSA_UNROLL for (int q = 0; q < 4; ++q) right[q] = columns + offset + (column + (q < count ? q : count - 1)) * run;
     for (int64_t begin = 0; begin < run; begin += chain) {
@@ -390,9 +403,9 @@ void dot_halves(const Shape& shape, const Half* rows, const Half* columns, int64
         RSA_UNROLL for (int q = 0; q < 4; ++q) sums[r][q] = _mm512_setzero_ps();
       }
       const int64_t end = smaller(run, begin + chain), whole = begin + (end - begin) / LANES * LANES;
-      for (int64_t k = begin; k < whole; k += LANES) add_dots<R, true>(left, run, right, k, sums);
+      for (int64_t k = begin; k < whole; k += LANES) add_dots<R, SPLIT, true>(left, left_low, run, right, k, sums);
       // Half a vector is left where the channels of a panel are an odd number of vectors.
-      if (whole < end) add_dots<R, false>(left, run, right, whole, sums);
+      if (whole < end) add_dots<R, SPLIT, false>(left, left_low, run, right, whole, sums);
       RSA_UNROLL for (int r = 0; r < R; ++r) {
         add_four(sums[r][0], sums[r][1], sums[r][2], sums[r][3], to + r * shape.slices, count);
       }
@@ -400,15 +413,17 @@ void dot_halves(const Shape& shape, const Half* rows, const Half* columns, int64
   }
 }
 
-// products[i][j] += <rows_i, columns_j> over all channels and positions of a tile.
-inline void contract_tiles(const Shape& shape, const Half* rows, const Half* columns, double* products) {
-  static constexpr decltype(&dot_halves<1>) table[ROWS] = {dot_halves<1>, dot_halves<2>, dot_halves<3>,
-                                                           dot_halves<4>, dot_halves<5>, dot_halves<6>};
+// products[i][j] += <rows_i + low_i, columns_j> over all channels and positions of a tile.
+template <bool SPLIT>
+void contract_tiles(const Shape& shape, const Half* rows, const Half* low, const Half* columns, double* products) {
+  static constexpr decltype(&dot_halves<1, SPLIT>) table[ROWS] = {dot_halves<1, SPLIT>, dot_halves<2, SPLIT>,
+                                                                  dot_halves<3, SPLIT>, dot_halves<4, SPLIT>,
+                                                                  dot_halves<5, SPLIT>, dot_halves<6, SPLIT>};
   const int64_t slices = shape.slices, block = balanced(slices, ROWS);
   for (int64_t row = 0; row < slices; row += block) {
     const auto kernel = table[smaller(block, slices - row) - 1];
     for (int64_t column = 0; column < slices; column += 4) {
-      kernel(shape, rows, columns, row, column, static_cast<int>(smaller(4, slices - column)),
+      kernel(shape, rows, low, columns, row, column, static_cast<int>(smaller(4, slices - column)),
              products + row * slices + column);
     }
   }
@@ -756,7 +771,7 @@ struct Scratch {
   static int64_t elements(int64_t slices, int64_t channels, int64_t most) {
     const Tiles panels(channels);
     return (2 + TILES) * tile(slices, channels, most) +
-           2 * PairReader::buffer_elements(slices, channels, positions(most)) + 2 * weight_pairs(panels) +
+           2 * PairReader::buffer_elements(slices, channels, positions(most)) + 2 * Weights::elements(panels) +
            2 * line(slices * pairs_of(slices)) + N * (slices + 2) * Tiles::WIDTH;
   }
 
@@ -771,7 +786,7 @@ struct Scratch {
       return taken;
     };
     for (void*& each : tiles) each = take(size);
-    for (Pair*& each : weights) each = take(weight_pairs(panels));
+    for (Pair*& each : weights) each = take(Weights::elements(panels));
     for (Pair*& each : matrices) each = take(line(range.slices * pairs_of(range.slices)));
     for (Pair*& each : copies) {
       each = take(PairReader::buffer_elements(range.slices, range.channels, positions(range.tile)));
@@ -794,18 +809,19 @@ inline int64_t scratch_elements(int64_t slices, int64_t channels, int64_t tile, 
 inline void map(const Range& range, View x, const void* m, const void* u, double* logits, void* scratch) {
   const Tiles panels(range.channels);
   const Scratch room(range, scratch);
-  Half *tile = room.half(0), *projected = room.half(1);
-  const bool exact = range.channels <= EXACT_CHANNELS;
-  const Weights weights = pair_rows(panels, m, room.weights[0], exact ? room.weights[1] : nullptr);
+  Half *tile = room.half(0), *high = room.half(1), *low = room.half(2);
+  const Weights weights{room.weights[0], room.weights[1]};
+  weights.read(panels, m);
   PairReader x_reader(panels, range, x, room.copies[0]);
   Float::each_tile(range, [&](int64_t begin, int64_t positions) {
     const Shape shape{panels, range.slices, pitch(positions)};
     x_reader.read(begin, positions, tile, nullptr);
     Target query;
-    query.half = projected;
+    query.half = high;
+    query.low = low;
     query.bias = static_cast<const float*>(u);
-    project_tile<Out::kHalf>(shape, tile, weights, query, room.sums);
-    contract_tiles(shape, projected, tile, logits);
+    project_tile<Out::kSplit>(shape, tile, weights, query, room.sums);
+    contract_tiles<true>(shape, high, low, tile, logits);
   });
 }
 
@@ -813,7 +829,8 @@ inline void mix(const Range& range, View x, const void* attention, const void* v
                 void* scratch) {
   const Tiles panels(range.channels);
   const Scratch room(range, scratch);
-  const Weights weights = pair_rows(panels, value, room.weights[0]);
+  const Weights weights{room.weights[0], nullptr};
+  weights.read(panels, value);
   pair_columns(range.slices, static_cast<const float*>(attention), false, room.matrices[0]);
   PairReader x_reader(panels, range, x, room.copies[0]);
   Float::each_tile(range, [&](int64_t begin, int64_t positions) {
@@ -833,7 +850,8 @@ inline void map_backward(const Range& range, View x, View grad, const void* atte
                          double* products, double* grad_sum, void* value_grad, View out, void* scratch) {
   const Tiles panels(range.channels);
   const Scratch room(range, scratch);
-  const Weights weights = pair_rows(panels, value_transposed, room.weights[0]);
+  const Weights weights{room.weights[0], nullptr};
+  weights.read(panels, value_transposed);
   for (int i = 0; i < 2; ++i) {
     pair_columns(range.slices, static_cast<const float*>(attention), i == 1, room.matrices[i]);
   }
@@ -849,7 +867,7 @@ inline void map_backward(const Range& range, View x, View grad, const void* atte
     Target value;
     value.half = value_half;
     project_tile<Out::kHalf>(shape, grad_half, weights, value, room.sums);
-    contract_tiles(shape, value_half, x_half, products);
+    contract_tiles<false>(shape, value_half, nullptr, x_half, products);
     if (value_grad) {
       Target mixed;
       mixed.pair = mixed_pair;
@@ -871,11 +889,11 @@ inline void mix_backward(const Range& range, View x, View partial, const void* g
                          View out, void* scratch) {
   const Tiles panels(range.channels);
   const Scratch room(range, scratch);
-  Weights weights, transposed;
+  const Weights weights{room.weights[0], nullptr}, transposed{room.weights[1], nullptr};
   const float* coefficients = static_cast<const float*>(column);
   if (out.data) {
-    weights = pair_rows(panels, m, room.weights[0]);
-    transposed = pair_rows(panels, m_transposed, room.weights[1]);
+    weights.read(panels, m);
+    transposed.read(panels, m_transposed);
   }
   for (int i = 0; i < 2; ++i) {
     pair_columns(range.slices, static_cast<const float*>(grad_logits), i == 1, room.matrices[i]);
@@ -926,7 +944,7 @@ inline void contract(const Range& range, View left, View right, double* products
     const Shape shape{panels, range.slices, pitch(positions)};
     left_reader.read(begin, positions, room.half(0), nullptr);
     right_reader.read(begin, positions, room.half(1), nullptr);
-    contract_tiles(shape, room.half(0), room.half(1), products);
+    contract_tiles<false>(shape, room.half(0), nullptr, room.half(1), products);
   });
 }
 
