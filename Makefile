@@ -40,12 +40,12 @@ endif
 # first takes hours on two cores, the second minutes.
 bench: install
 	$(RUN)/python -m benchmarks
-	$(RUN)/python -m benchmarks network
+	THP_MEM_ALLOC_ENABLE=1 $(RUN)/python -m benchmarks network
 	$(RUN)/python -m benchmarks plot
 
 bench-quick: install
 	$(RUN)/python -m benchmarks --quick
-	$(RUN)/python -m benchmarks network --quick
+	THP_MEM_ALLOC_ENABLE=1 $(RUN)/python -m benchmarks network --quick
 	$(RUN)/python -m benchmarks plot
 
 # Compiles all that the launch table can choose for GPUs that need not be here, with the oldest Triton too: half an hour.

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import gc
 import math
+import os
 import resource
 import statistics
 import sys
@@ -65,6 +66,7 @@ COLUMNS = WHERE | {
     "shape": "N x C x D x H x W of the patches or of the volume",
     "window": "D x H x W that the network sees at once",
     "channels": "widths of the levels, the finest first",
+    "huge_pages": "whether torch asked for large pages of memory, as `rsanet` lets it",
     "provider": "whose network, its precision, and what differs from the usual: see benchmarks/README.md",
     "status": f"{MEASURED}, or why there is no time: {WRONG}, {FAILED}, {OUT_OF_MEMORY}, {UNUSABLE}",
     "note": "the reason in a sentence, or why there is no Dice",
@@ -85,8 +87,7 @@ KEY = ("device", "threads", "case", "shape", "window", "channels", "provider")
 # The volume on which errors are found: small, since float64 takes its time, but not so small that the bottleneck is two
 # slices deep: there oneDNN 3.12 gives convolutions in bfloat16 a wrong gradient of their weights.
 SMALL = (48, 32, 32)
-# What an error may be besides twice that of the published network: ReLUs open and close by the last bit of a sum, and
-# PyTorch's group norm on the CPU is coarser in channels_last_3d.
+# What an error may be besides twice that of the published network: ReLUs open and close by the last bit of a sum.
 FLOORS = {"fp32": 1e-3, "bf16": 1.6e-2}
 # Seconds for the turns of a case, and how many turns there are.
 SECONDS, QUICK_SECONDS, FEWEST, MOST = 120.0, 20.0, 3, 15
@@ -349,6 +350,7 @@ def measure(
         "shape": "x".join(map(str, work.shape)),
         "window": "x".join(map(str, work.window)),
         "channels": " ".join(map(str, source.network().config["channels"])),
+        "huge_pages": "yes" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "no",
     }
     before = device.ceilings("float32")
     subjects = [Subject(provider) for provider in providers]

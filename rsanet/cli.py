@@ -125,6 +125,8 @@ def main(args: list[str] | None = None) -> None:
         args: the arguments; those of the process by default.
     """
     args = sys.argv[1:] if args is None else list(args)
+    # Large volumes in large pages, where Linux has them on request: torch asks at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         with stoppable(), remarked(DEBUG in args):
             status = app([arg for arg in args if arg != DEBUG], standalone_mode=False) or 0

@@ -4,12 +4,15 @@ Convolutions have no bias, because a norm follows them. Attribute names (``layer
 ``up.up.0``) are those of the published network's state_dict.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rsa_kernels import group_norm
 
 Norm = str | Sequence[Any]
 
@@ -53,18 +56,37 @@ def parse_norm(norm: Norm) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group norm that leaves a channels-last volume channels-last on a GPU, where PyTorch's own makes it contiguous.
+# Voxels whose outputs `narrow_conv` computes at once, and the most outputs of a voxel for which it is faster.
+NEIGHBOURS, MOST_NARROW = 4, 4
 
-    A network in channels_last_3d would otherwise be rearranged around every norm, and around attention.
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm with paths of its own for channels-last volumes.
+
+    On a GPU PyTorch's own makes them contiguous: a network in channels_last_3d would be rearranged around every norm,
+    and around attention. On a CPU it is coarse in float32 and slow in its backward pass.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, D, H, W)``; same shape and memory format."""
+    def forward(self, x: Tensor, relu: bool = False, inplace: bool = False) -> Tensor:
+        """The norm, and its ReLU if asked for.
+
+        Args:
+            x: ``(N, C, D, H, W)``.
+            relu: whether negative values become zero.
+            inplace: whether the result may take the place of ``x`` where no gradient is recorded.
+
+        Returns:
+            The shape and memory format of ``x``.
+        """
+        if group_norm.can_run(x, self.weight, self.bias):
+            options = {"relu": relu, "inplace": inplace}
+            return group_norm.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, **options)
         channels_last = x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
         if x.is_cuda and channels_last and not x.is_contiguous():
-            return group_norm_channels_last(x, self.num_groups, self.weight, self.bias, self.eps)
-        return super().forward(x)
+            x = group_norm_channels_last(x, self.num_groups, self.weight, self.bias, self.eps)
+        else:
+            x = super().forward(x)
+        return F.relu(x, inplace=True) if relu else x
 
 
 def group_norm_channels_last(
@@ -133,6 +155,21 @@ def is_untouched(conv: nn.Module, size: int) -> bool:
     return not is_hooked(conv)
 
 
+def normalize(norm: nn.Module, x: Tensor, relu: bool, inplace: bool = False) -> Tensor:
+    """A norm, and its ReLU if asked for: in one pass where nobody watches the norm.
+
+    Args:
+        norm: any normalisation layer.
+        x: ``(N, C, D, H, W)``.
+        relu: whether negative values become zero.
+        inplace: whether the result may take the place of ``x``.
+    """
+    if type(norm) is GroupNorm and not is_hooked(norm):
+        return norm(x, relu, inplace)
+    x = norm(x)
+    return F.relu(x, inplace=True) if relu else x
+
+
 class ConvPair(nn.Sequential):
     """A 3x3x3 and a 1x1x1 convolution, both without bias, computed as the one 3x3x3 convolution that they are."""
 
@@ -143,7 +180,33 @@ class ConvPair(nn.Sequential):
         # The product of the weights is rounded once, when autocast casts it for the convolution.
         with torch.autocast(x.device.type, enabled=False):
             weight = torch.einsum("om,micde->oicde", self[1].weight[:, :, 0, 0, 0], self[0].weight)
-        return F.conv3d(x, weight, padding=1)
+        if is_traced() or x.device.type != "cpu" or len(weight) > MOST_NARROW or x.shape[4] % NEIGHBOURS:
+            return F.conv3d(x, weight, padding=1)
+        return narrow_conv(x, weight)
+
+
+def is_traced() -> bool:
+    """Whether a graph is made, in which sizes would be conditions."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def narrow_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """``conv3d(x, weight, padding=1)`` with several neighbouring voxels at once.
+
+    A CPU computes sixteen output channels in the time of two. Here the outputs of four voxels are the channels, under
+    weights that are shifted from one to the next.
+
+    Args:
+        x: ``(N, in, D, H, W)``, ``W`` a multiple of ``NEIGHBOURS``.
+        weight: ``(out, in, 3, 3, 3)``.
+
+    Returns:
+        ``(N, out, D, H, W)``.
+    """
+    out = weight.shape[0]
+    shifted = [F.pad(weight, (place, NEIGHBOURS - 1 - place)) for place in range(NEIGHBOURS)]
+    x = F.conv3d(x, torch.cat(shifted), padding=1, stride=(1, 1, NEIGHBOURS))
+    return x.unflatten(1, (NEIGHBOURS, out)).permute(0, 2, 3, 4, 5, 1).flatten(4)
 
 
 def conv_of_upsampled(x: Tensor, weight: Tensor) -> Tensor:
@@ -200,14 +263,14 @@ class ConvUnit(nn.Module):
             below: ``(N, rest, D/2, H/2, W/2)``, whose nearest-neighbour upsampling is the other channels.
         """
         if self.order == "norm-relu-conv":
-            return self.conv(F.relu(self.norm(x), inplace=True))
+            return self.conv(normalize(self.norm, x, relu=True))
         if below is None:
             x = self.conv(x)
         else:
             of_x, of_below = self.conv.weight.split([x.shape[1], below.shape[1]], 1)
             x = F.conv3d(x, of_x, padding=1).add_(conv_of_upsampled(below, of_below))
-        x = self.norm(x)
-        return x if self.order == "conv-norm" else F.relu(x, inplace=True)
+        # What the convolution made belongs to nobody else.
+        return normalize(self.norm, x, self.order == "conv-norm-relu", inplace=is_untouched(self.conv, 3))
 
 
 # Dropout drops whole feature maps (neighbouring voxels are too alike for dropping single ones to
@@ -430,20 +493,26 @@ class UpConcat(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Joins ``(N, in, ...)`` from below and the skip connection ``(N, out, D, H, W)``."""
-        if self._can_split(x, skip):
+        if self.can_split(x.device, x.shape[0], x.shape[2:], skip.shape[2:]):
             return self.conv(skip, self.up.before_copies(x))
         x = pad_or_crop(self.up(x), skip.shape[2:], self.pad)
         return self.conv(torch.cat([skip, x], dim=1))
 
-    def _can_split(self, x: Tensor, skip: Tensor) -> bool:
-        """Whether the two can be convolved apart: the same function in fewer operations, without concatenation."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            # It is faster on a CPU; on a GPU it was never measured. In a graph the sizes would be conditions.
+    def can_split(self, device: torch.device, batch: int, below: Sequence[int], size: Sequence[int]) -> bool:
+        """Whether its two inputs can be convolved apart: the same function in fewer operations, nothing concatenated.
+
+        Args:
+            device: of the inputs.
+            batch: of the inputs.
+            below: spatial size of the level below.
+            size: of this level.
+        """
+        if device.type != "cpu" or is_traced():
+            # It is faster on a CPU; on a GPU it was never measured.
             return False
-        size = x.shape[2:]
-        if x.shape[0] * size.numel() < FEWEST_VOXELS or tuple(skip.shape[2:]) != tuple(2 * s for s in size):
+        if batch * math.prod(below) < FEWEST_VOXELS or tuple(size) != tuple(2 * length for length in below):
             return False
-        if size[1] == 1:
+        if below[1] == 1:
             # In bfloat16, oneDNN 3.12 writes the weight's gradient of the transposed convolution of a volume of
             # height 1 out of its bounds.
             return False

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "block.h"
+#include "norm.h"
 #include "processor.h"
 
 namespace {
@@ -156,6 +157,57 @@ void mix(Tensor x, Tensor matrix, bool transposed, int64_t axis, Tensor out) {
   rsa::mix(block_of(x, memory, {axis}, 1), volume_of(x, x), maps[0], transposed, volume_of(out, x));
 }
 
+// Rows of channels that are neighbours.
+void* rows_of(const Tensor& tensor, const Tensor& like) {
+  const rsa::Volume volume = volume_of(tensor, like);
+  int64_t stride = 1;
+  for (const int dim : {1, 4, 3, 2, 0}) {
+    STD_TORCH_CHECK(volume.sizes[dim] == 1 || volume.strides[dim] == stride, "a volume must be in channels_last_3d");
+    stride *= volume.sizes[dim];
+  }
+  return volume.data;
+}
+
+double* moments_of(const Tensor& tensor, const Tensor& x, int64_t groups) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.numel() == 2 * x.size(0) * groups &&
+                      tensor.scalar_type() == ScalarType::Double,
+                  "moments must be contiguous, in float64");
+  return static_cast<double*>(tensor.data_ptr());
+}
+
+rsa::GroupNorm norm_of(const Tensor& x, const TorchHost& memory, const std::vector<Tensor>& weights, int64_t groups,
+                       bool relu) {
+  STD_TORCH_CHECK(x.dim() == 5 && x.numel() > 0 && groups > 0 && x.size(1) % groups == 0,
+                  "a volume with channels that the groups divide is wanted");
+  STD_TORCH_CHECK(weights.empty() || weights.size() == 2, "a weight and a bias are wanted, or neither");
+  const rsa::Element element = element_of(x);
+  rsa::GroupNorm norm{rsa::passes_for(instruction_set, element), element, memory.host, x.size(0),
+                      x.size(2) * x.size(3) * x.size(4), x.size(1), groups, nullptr, nullptr, relu};
+  if (!weights.empty()) {
+    norm.weight = values_of(weights[0], x, x.size(1));
+    norm.bias = values_of(weights[1], x, x.size(1));
+  }
+  return norm;
+}
+
+void group_norm(Tensor x, std::vector<Tensor> weights, int64_t groups, double eps, bool relu, Tensor out,
+                Tensor moments) {
+  const TorchHost memory(x);
+  rsa::group_norm(norm_of(x, memory, weights, groups, relu), rows_of(x, x), eps, rows_of(out, x),
+                  moments_of(moments, x, groups));
+}
+
+void group_norm_backward(Tensor grad, Tensor x, Tensor moments, std::vector<Tensor> weights, int64_t groups, bool relu,
+                         Tensor out, std::vector<Tensor> grads) {
+  const TorchHost memory(x);
+  const rsa::GroupNorm norm = norm_of(x, memory, weights, groups, relu);
+  STD_TORCH_CHECK(grads.size() == weights.size(), "a gradient for each weight is wanted");
+  void* of_weights[2] = {nullptr, nullptr};
+  for (size_t i = 0; i < grads.size(); ++i) of_weights[i] = values_of(grads[i], x, x.size(1));
+  rsa::group_norm_backward(norm, rows_of(grad, x), rows_of(x, x), moments_of(moments, x, groups),
+                           rows_of(out, x), of_weights[0], of_weights[1]);
+}
+
 std::string use_instruction_set(std::string name) {
   if (!name.empty()) {
     const int wanted = rsa::instruction_set_of(name.c_str());
@@ -177,6 +229,12 @@ STABLE_TORCH_LIBRARY(rsa_kernels_cpp, m) {
       " Tensor(c!)[] grads) -> ()");
   m.def("contract(Tensor left, Tensor right, int axis, Tensor(a!) logits) -> ()");
   m.def("mix(Tensor x, Tensor matrix, bool transposed, int axis, Tensor(a!) out) -> ()");
+  m.def(
+      "group_norm(Tensor x, Tensor[] weights, int groups, float eps, bool relu, Tensor(a!) out, Tensor(b!) moments)"
+      " -> ()");
+  m.def(
+      "group_norm_backward(Tensor grad, Tensor x, Tensor moments, Tensor[] weights, int groups, bool relu,"
+      " Tensor(a!) out, Tensor(b!)[] grads) -> ()");
   m.def("use_instruction_set(str name) -> str");
 }
 
@@ -185,6 +243,8 @@ STABLE_TORCH_LIBRARY_IMPL(rsa_kernels_cpp, CompositeExplicitAutograd, m) {
   m.impl("block_backward", TORCH_BOX(&block_backward));
   m.impl("contract", TORCH_BOX(&contract));
   m.impl("mix", TORCH_BOX(&mix));
+  m.impl("group_norm", TORCH_BOX(&group_norm));
+  m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
   m.impl("use_instruction_set", TORCH_BOX(&use_instruction_set));
 }
 

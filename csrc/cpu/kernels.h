@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "norm_kernels.h"
 #include "passes.h"
 #include "storage.h"
 
@@ -714,8 +715,11 @@ struct Kernels {
   }
 
   static constexpr rsa::Passes passes() {
-    return {map,       mix,     map_backward, mix_backward,   contract,         mix_slices, pack_matrix, unpack_matrix,
-            correlate, project, sizeof(T),    panel_elements, scratch_elements, tile_positions};
+    using Norm = ::Norm<V, Stored>;
+    return {map,         mix,           map_backward,   mix_backward,        contract,
+            mix_slices,  pack_matrix,   unpack_matrix,  correlate,           project,
+            Norm::sums,  Norm::apply,   Norm::backward_sums, Norm::backward, sizeof(T),
+            panel_elements, scratch_elements, tile_positions};
   }
 };
 

@@ -50,6 +50,19 @@ struct Passes {
   // Rows [begin, end) of `out = rows weights`, all in panels.
   void (*project)(int64_t channels, int64_t begin, int64_t end, const void* rows, const void* weights, void* out);
 
+  // Group norm of rows of C neighbours: see norm_kernels.h; vectors (C), `sums (2, C)` +=.
+  // of x + minus, and of its square
+  void (*norm_sums)(int64_t channels, int64_t rows, const void* x, const void* minus, double* sums);
+  // out = x scale + shift, and its ReLU; out may be x
+  void (*norm_apply)(int64_t channels, int64_t rows, const void* x, const void* scale, const void* shift, bool relu,
+                     void* out);
+  // of grad, where the ReLU lets it through, and of grad (x + minus)
+  void (*norm_backward_sums)(int64_t channels, int64_t rows, const void* grad, const void* x, const void* scale,
+                             const void* shift, bool relu, const void* minus, double* sums);
+  // out = grad scale + x of_x + rest; out may be grad
+  void (*norm_backward)(int64_t channels, int64_t rows, const void* grad, const void* x, const void* scale,
+                        const void* shift, bool relu, const void* of_x, const void* rest, void* out);
+
   // Bytes of the element type, elements of a (C, C) matrix in panels, elements of scratch, positions in a tile.
   int64_t accumulator_bytes;
   int64_t (*panel_elements)(int64_t channels);

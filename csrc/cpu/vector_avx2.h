@@ -58,6 +58,10 @@ struct Avx2Float {
   static Avx2Float multiply_add(Avx2Float a, Avx2Float b, Avx2Float c) {
     return of(_mm256_fmadd_ps(a.value, b.value, c.value));
   }
+  // b where a is above zero or NaN, else zero.
+  static Avx2Float positive(Avx2Float a, Avx2Float b) {
+    return of(_mm256_andnot_ps(_mm256_cmp_ps(a.value, _mm256_setzero_ps(), _CMP_LE_OQ), b.value));
+  }
   // The upper half of the first `left` lanes, in the place of the lower one: called for 8 alone.
   static Avx2Float upper_half(Avx2Float a, int) { return of(_mm256_permute2f128_ps(a.value, a.value, 0x01)); }
   static Avx2Float zip_low(Avx2Float a, Avx2Float b) { return zip(a, b, 0x20); }
@@ -93,6 +97,10 @@ struct Avx2Double {
   static Avx2Double add(Avx2Double a, Avx2Double b) { return of(_mm256_add_pd(a.value, b.value)); }
   static Avx2Double multiply_add(Avx2Double a, Avx2Double b, Avx2Double c) {
     return of(_mm256_fmadd_pd(a.value, b.value, c.value));
+  }
+  // b where a is above zero or NaN, else zero.
+  static Avx2Double positive(Avx2Double a, Avx2Double b) {
+    return of(_mm256_andnot_pd(_mm256_cmp_pd(a.value, _mm256_setzero_pd(), _CMP_LE_OQ), b.value));
   }
   static Avx2Double upper_half(Avx2Double a, int) { return a; }  // four lanes are never halved
   static Avx2Double zip_low(Avx2Double a, Avx2Double b) {

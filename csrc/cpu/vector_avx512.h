@@ -56,6 +56,10 @@ struct Avx512Float {
   static Avx512Float multiply_add(Avx512Float a, Avx512Float b, Avx512Float c) {
     return of(_mm512_fmadd_ps(a.value, b.value, c.value));
   }
+  // b where a is above zero or NaN, else zero.
+  static Avx512Float positive(Avx512Float a, Avx512Float b) {
+    return of(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.value, _mm512_setzero_ps(), _CMP_NLE_UQ), b.value));
+  }
   // The upper half of the first `left` lanes, in the place of the lower one.
   static Avx512Float upper_half(Avx512Float a, int left) {
     return of(left == 16 ? _mm512_shuffle_f32x4(a.value, a.value, 0x0e) : _mm512_shuffle_f32x4(a.value, a.value, 0x01));
@@ -109,6 +113,10 @@ struct Avx512Double {
   static Avx512Double add(Avx512Double a, Avx512Double b) { return of(_mm512_add_pd(a.value, b.value)); }
   static Avx512Double multiply_add(Avx512Double a, Avx512Double b, Avx512Double c) {
     return of(_mm512_fmadd_pd(a.value, b.value, c.value));
+  }
+  // b where a is above zero or NaN, else zero.
+  static Avx512Double positive(Avx512Double a, Avx512Double b) {
+    return of(_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a.value, _mm512_setzero_pd(), _CMP_NLE_UQ), b.value));
   }
   static Avx512Double upper_half(Avx512Double a, int) { return of(_mm512_shuffle_f64x2(a.value, a.value, 0x0e)); }
   static Avx512Double zip_low(Avx512Double a, Avx512Double b) {

@@ -51,6 +51,11 @@ struct PlainVector {
     for (int i = 0; i < N; ++i) c.lanes[i] += a.lanes[i] * b.lanes[i];
     return c;
   }
+  // b where a is above zero or NaN, else zero.
+  static PlainVector positive(PlainVector a, PlainVector b) {
+    for (int i = 0; i < N; ++i) b.lanes[i] = a.lanes[i] <= 0 ? 0 : b.lanes[i];
+    return b;
+  }
   // The upper half of the first `left` lanes, in the place of the lower one.
   static PlainVector upper_half(PlainVector a, int left) {
     for (int i = 0; i < left / 2; ++i) a.lanes[i] = a.lanes[left / 2 + i];

@@ -9,16 +9,19 @@ import torch
 from rsanet.network import RSANet
 from rsanet.segment.environment import Precision
 
-# Volumes of the finest level that live at once where the memory peaks, in the last stage of the decoder. Measured on a
-# CPU in float32 and in bfloat16: 8.6 to 10 for windows of 64×64×64, 8.5 to 8.8 for 96×96×96, about 8 for a whole brain.
-FINEST_VOLUMES = 9
+# Volumes of the finest level that live at once where the memory peaks, in the last stage of the decoder: where it
+# convolves its two inputs apart, and where it joins them. Measured on a CPU in float32 and in bfloat16: 4.6 to 5.4 for
+# windows of 48×48×48 and 64×64×64, 3.8 to 4.2 for 96×96×96, 3.5 for a whole brain; joined, in odd sizes, 6.7 to 7.5.
+FINEST_VOLUMES, FINEST_VOLUMES_JOINED = 5, 8
 SHARE = 0.8  # of the free memory that one pass may take
 
 
 def forward_bytes(network: RSANet, window: Sequence[int], precision: Precision) -> int:
     """About how many bytes a forward pass of one window takes besides the weights."""
     width, size = network.config["channels"][0], 2 if precision.name == "bf16" else 4
-    return FINEST_VOLUMES * width * size * math.prod(window)
+    below = [-(-length // 2) for length in window]
+    apart = network.up_concat1.can_split(next(network.parameters()).device, 1, below, window)
+    return (FINEST_VOLUMES if apart else FINEST_VOLUMES_JOINED) * width * size * math.prod(window)
 
 
 @contextmanager

@@ -91,17 +91,19 @@ def lesion_probability(
             mean = probability if mean is None else mean.add_(probability)
         return mean / len(FLIPS) if flips else mean
 
-    return sliding_window_inference(
-        image,
-        roi,
-        WINDOWS,
-        predict_windows,
-        overlap=0.25,
-        mode="gaussian",
-        sw_device=device,
-        device=image.device,
-        progress=progress,
-    )
+    # An outer region keeps the weights that it has cast, for all windows.
+    with precision.autocast(device):
+        return sliding_window_inference(
+            image,
+            roi,
+            WINDOWS,
+            predict_windows,
+            overlap=0.25,
+            mode="gaussian",
+            sw_device=device,
+            device=image.device,
+            progress=progress,
+        )
 
 
 @dataclass(frozen=True)

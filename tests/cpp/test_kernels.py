@@ -33,27 +33,6 @@ def block(*tensors, **options):
     return recurrent_slice_attention(*tensors, backend="cpp", **options)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    from rsa_kernels import cpp
-
-    before = cpp.instruction_set()
-    try:
-        cpp.instruction_set(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield request.param
-    cpp.instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    """Sets torch's number of threads; puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def large_enough_for_threads(memory_format=torch.contiguous_format, dtype=torch.float32):
     """A block that is cut into many parts along every axis."""
     tensors = [tensor.to(dtype) for tensor in (random_volume((2, 24, 14, 22, 26)), *random_block(24))]

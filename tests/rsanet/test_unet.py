@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rsanet import RSANet, insert_rsa, unet
-from rsanet.unet import ConvPair, UpConcat, conv_of_upsampled
+from rsanet.unet import MOST_NARROW, NEIGHBOURS, ConvPair, UpConcat, conv_of_upsampled, narrow_conv
 
 # What the results may differ by from the published path in float64; in bf16, both round on their way.
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -207,10 +208,12 @@ def pair():
     return ConvPair(nn.Conv3d(8, 8, 3, padding=1, bias=False), nn.Conv3d(8, 3, 1, bias=False))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+@pytest.mark.parametrize("width", [5, 8])
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_the_last_two_convolutions_are_one(dtype, monkeypatch):
+def test_the_last_two_convolutions_are_one(dtype, width, memory_format, monkeypatch):
     kernels, conv3d = [], F.conv3d
-    agree(pair(), [random_volume((2, 8, 3, 4, 5))], dtype)
+    agree(pair(), [random_volume((2, 8, 3, 4, width)).contiguous(memory_format=memory_format)], dtype)
     monkeypatch.setattr(
         F, "conv3d", lambda x, weight, **options: kernels.append(weight) or conv3d(x, weight, **options)
     )
@@ -218,6 +221,36 @@ def test_the_last_two_convolutions_are_one(dtype, monkeypatch):
         pair()(torch.zeros(1, 8, 3, 4, 5))
     assert [kernel.shape for kernel in kernels] == [(3, 8, 3, 3, 3)]
     assert kernels[0].dtype == torch.float32, "the product is rounded by the convolution alone"
+
+
+@pytest.mark.parametrize("out", range(1, MOST_NARROW + 1))
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, NEIGHBOURS), (3, 5, 2 * NEIGHBOURS), (2, 1, 5 * NEIGHBOURS)], ids=str)
+def test_neighbours_are_convolved_at_once(size, memory_format, out):
+    tensors = [
+        random_volume((2, 6, *size)).contiguous(memory_format=memory_format),
+        random_volume((out, 6, 3, 3, 3), 2),
+    ]
+    upstream = random_volume((2, out, *size), 3)
+    written = with_gradients(lambda x, weight: F.conv3d(x, weight, padding=1), tensors, upstream)
+    for result, truth in zip(with_gradients(narrow_conv, tensors, upstream), written, strict=True):
+        assert result.shape == truth.shape
+        assert relative_error(result, truth) < 1e-13
+    formats = [
+        conv(*tensors).is_contiguous(memory_format=memory_format)
+        for conv in (narrow_conv, partial(F.conv3d, padding=1))
+    ]
+    assert formats[0] == formats[1] or 1 in (out, *size)
+
+
+@pytest.mark.parametrize(("out", "width", "narrow"), [(2, 8, True), (4, 8, True), (5, 8, False), (2, 6, False)])
+def test_neighbours_are_convolved_at_once_where_that_pays(out, width, narrow, monkeypatch):
+    seen = []
+    monkeypatch.setattr(unet, "narrow_conv", lambda x, weight: seen.append(x) or narrow_conv(x, weight))
+    head = ConvPair(nn.Conv3d(8, 8, 3, padding=1, bias=False), nn.Conv3d(8, out, 1, bias=False)).double()
+    x = random_volume((1, 8, 3, 4, width))
+    torch.testing.assert_close(head(x), nn.Sequential(*head)(x))
+    assert len(seen) == narrow
 
 
 @pytest.mark.parametrize(

@@ -448,15 +448,17 @@ network = RSANet(1, 2, (32, 64, 128)).to(memory_format=MEMORY_FORMAT).eval()
 with torch.inference_mode():
     network(torch.zeros(1, 1, 8, 8, 8).contiguous(memory_format=MEMORY_FORMAT))
     before = status("VmRSS:")
-    network(torch.zeros(1, 1, 64, 64, 64).contiguous(memory_format=MEMORY_FORMAT))
-said = forward_bytes(network, (64, 64, 64), pick_precision("fp32", torch.device("cpu")))
+    network(torch.zeros(1, 1, *SIZE).contiguous(memory_format=MEMORY_FORMAT))
+said = forward_bytes(network, SIZE, pick_precision("fp32", torch.device("cpu")))
 print((status("VmHWM:") - before) / said)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system does not tell the peak in this way")
-def test_a_pass_takes_the_memory_that_is_said():
-    done = subprocess.run([sys.executable, "-c", ONE_PASS], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("size", [(64, 64, 64), (65, 65, 65), (64, 65, 64)])
+def test_a_pass_takes_the_memory_that_is_said(size):
+    program = f"SIZE = {size}\n{ONE_PASS}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 0.7 < float(done.stdout) < 1.15
 
 
