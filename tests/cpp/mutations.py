@@ -6,10 +6,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mutations import prove
 
-KERNELS, BFLOAT16, BLOCK, STORAGE = (
-    f"csrc/cpu/{name}" for name in ("kernels.h", "kernels_bf16.h", "block.cpp", "storage.h")
+KERNELS, BFLOAT16, BLOCK, STORAGE, NORM, NORM_KERNELS = (
+    f"csrc/cpu/{name}"
+    for name in ("kernels.h", "kernels_bf16.h", "block.cpp", "storage.h", "norm.cpp", "norm_kernels.h")
 )
 EXACT, BITS, SCRATCH, ROUNDED = "as_exact", "bits_do", "scratch_is_written", "rounded_as_torch"
+IS_NORM = "is_group_norm"
 
 # What is wrong, where, the right code, the wrong code, which tests run.
 FAULTS = [
@@ -36,6 +38,29 @@ FAULTS = [
     ("T3 is not transposed", KERNELS, "matrix, 1, range.slices, tile,", "matrix, range.slices, 1, tile,", EXACT),
     ("float16's subnormal numbers are lost", STORAGE, "rest < 0x38800000", "rest < 0", ROUNDED),
     ("bfloat16 is cut off, not rounded", STORAGE, "(bits + 0x7fff + (bits >> 16 & 1))", "bits", ROUNDED),
+    ("the gradient's mean stays", NORM, "-reciprocal * grad / count - slope * mean", "-slope * mean", IS_NORM),
+    ("a rounded mean is not mended", NORM, "products[c] -= (", "if (false) products[c] -= (", IS_NORM),
+    ("a mean is not rounded to the volume's dtype", NORM, "as_stored(-moments[group])", "T(-moments[group])", IS_NORM),
+    (
+        "parts of a sample are left out",
+        NORM,
+        "int64_t part = 1; part < parts_",
+        "int64_t part = 2; part < parts_",
+        IS_NORM,
+    ),
+    ("one sample's moments serve all", NORM, "at / norm_.channels * norm_.groups + ", "", IS_NORM),
+    (
+        "the cut of the norm depends on the threads",
+        NORM,
+        "norm.voxels + MOST_PARTS - 1) / MOST_PARTS",
+        "norm.voxels / norm.host.threads",
+        BITS,
+    ),
+    ("sums are of numbers far from zero", NORM, "minus[c] = -minus[c];", "minus[c] = 0;", "far_from_zero"),
+    ("a NaN is lost", NORM, "finite ? 1 /", "true ? 1 /", "nan_and_infinity"),
+    ("a lone row is left out", NORM_KERNELS, "if (row < rows)", "if (row > rows)", IS_NORM),
+    ("the ReLU lets all through", NORM_KERNELS, "relu ? V::positive(value, value) : value", "value", IS_NORM),
+    ("the ReLU stops no gradient", NORM_KERNELS, "if (!relu) return above;", "return above;", IS_NORM),
     ("the logits' low half is dropped", BFLOAT16, "contract_tiles<true>(", "contract_tiles<false>(", "large_logits"),
 ]
 
