@@ -145,12 +145,11 @@ class Driver {
         const double own = first[c] / voxels, apart = own - minus[c] - mean;
         squares += second[c] - own * first[c] + voxels * apart * apart;
       }
+      // A NaN stays one: it is not less than zero.
       const double variance = std::max(squares / (voxels * static_cast<double>(width())), 0.0);
       const int64_t at = sample * norm_.groups + group;
       moments[at] = mean;
-      // With a NaN in the group, all of it is NaN: std::max above may have lost it.
-      const bool finite = std::isfinite(squares) && std::isfinite(mean);
-      moments[norm_.samples * norm_.groups + at] = finite ? 1 / std::sqrt(variance + eps) : std::nan("");
+      moments[norm_.samples * norm_.groups + at] = 1 / std::sqrt(variance + eps);
     }
   }
 
