@@ -57,13 +57,6 @@ FAULTS = [
         BITS,
     ),
     ("sums are of numbers far from zero", NORM, "minus[c] = -minus[c];", "minus[c] = 0;", "far_from_zero"),
-    (
-        "a NaN is lost",
-        NORM,
-        "std::max(squares / (voxels * static_cast<double>(width())), 0.0)",
-        "std::max(0.0, squares / (voxels * static_cast<double>(width())))",
-        "nan_and_infinity",
-    ),
     ("a lone row is left out", NORM_KERNELS, "if (row < rows)", "if (row > rows)", IS_NORM),
     ("the ReLU lets all through", NORM_KERNELS, "relu ? V::positive(value, value) : value", "value", IS_NORM),
     ("the ReLU stops no gradient", NORM_KERNELS, "if (!relu) return above;", "return above;", IS_NORM),
