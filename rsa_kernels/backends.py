@@ -244,8 +244,8 @@ def choose(x: Tensor, axes: Sequence[int]) -> Explanation:
     }
     chosen = next(name for name, reason in reasons.items() if reason is None)
     # The C++ backend folds small weights in less time than the others take to be called, and large ones faster, too.
-    worth = channels <= FEW_CHANNELS or 4 * voxels * len(axes) >= channels if chosen == "cpp" else False
-    if axes and voxels * len(axes) < channels and not worth:
+    folds_fast = chosen == "cpp" and (channels <= FEW_CHANNELS or 4 * voxels * len(axes) >= channels)
+    if axes and voxels * len(axes) < channels and not folds_fast:
         chosen = "reference"
         waste = f"folding the weights of {channels} channels costs more than it saves on {voxels} voxels"
         slower = dict.fromkeys(reasons, waste)

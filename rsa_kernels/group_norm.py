@@ -98,7 +98,8 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, bias, moments = ctx.saved_tensors
         groups, eps, relu = ctx.arguments
         if torch.is_grad_enabled():  # it is to be differentiated again
-            out = F.group_norm(x, groups, weight, bias, eps)
+            # In PyTorch's operations, whose moments are exact in contiguous memory alone.
+            out = F.group_norm(x.contiguous(), groups, weight, bias, eps)
             out, tensors = (F.relu(out) if relu else out), (x, weight, bias)
             wanted = [tensor for tensor, need in zip(tensors, ctx.needs_input_grad, strict=False) if need]
             found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))

@@ -153,6 +153,18 @@ def test_it_can_be_differentiated_twice(relu):
     assert torch.autograd.gradgradcheck(lambda *t: group_norm(t[0], 2, *t[1:], relu=relu), tensors)
 
 
+@pytest.mark.parametrize("frozen", [0, 1, 2], ids=["x", "weight", "bias"])
+def test_it_can_be_differentiated_twice_with_frozen_tensors(frozen):
+    tensors = [volume((2, 4, 2, 3, 2), torch.float64), *weights(4, torch.float64)]
+    live = [tensor.requires_grad_() for index, tensor in enumerate(tensors) if index != frozen]
+
+    def norm(*live):
+        x, weight, bias = [*live[:frozen], tensors[frozen], *live[frozen:]]
+        return group_norm(x, 2, weight, bias, relu=True)
+
+    assert torch.autograd.gradgradcheck(norm, live)
+
+
 def test_weights_in_half_precision_get_gradients_in_it():
     x, tensors = volume((2, 8, 3, 4, 5), torch.bfloat16), weights(8, torch.bfloat16)
     results = with_gradients(lambda *t: group_norm(t[0], 2, *t[1:]), [x, *tensors], volume(x.shape, x.dtype, 4))
