@@ -28,6 +28,8 @@ const rsa::Passes& rsa::avx512_bf16_passes() {
     passes.mix_backward = bf16::mix_backward;
     passes.contract = bf16::contract;
     passes.mix_slices = bf16::mix_slices;
+    passes.prepare = bf16::prepare;
+    passes.prepared_elements = bf16::prepared_elements;
     passes.scratch_elements = bf16::scratch_elements;
     passes.tile_positions = bf16::tile_positions;
     return passes;

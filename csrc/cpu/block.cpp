@@ -97,6 +97,8 @@ class Driver {
     T* rows = room(channels * channels);
     passes_.unpack_matrix(channels, m_, rows);
     passes_.pack_matrix(channels, rows, true, m_transposed);
+    const void* read_value_transposed = prepared(channels, value_transposed, false);
+    const void* read_m_transposed = prepared(channels, m_transposed, false);
 
     const int64_t affordable = PARTIAL_GRADIENTS / (2 * panels * static_cast<int64_t>(sizeof(T)));
     const auto steps = cut(x, std::clamp(affordable, FEWEST_PARTS, PARTS));
@@ -130,7 +132,7 @@ class Driver {
       std::vector<double> grad_sums(step.parts * padded);
       run(step, true, [&](int64_t part, int64_t index, const Step::Task& task, void* scratch) {
         passes_.map_backward(step.range(task), step.view(from, task.sample, bytes_),
-                             step.view(above, task.sample, bytes_), attention + task.sample * square, value_transposed,
+                             step.view(above, task.sample, bytes_), attention + task.sample * square, read_value_transposed,
                              products.data() + index * square, grad_sums.data() + part * padded, value.of(part),
                              below.data ? step.view(below, task.sample, bytes_) : View{}, scratch);
       });
@@ -149,7 +151,7 @@ class Driver {
       run(step, true, [&](int64_t part, int64_t, const Step::Task& task, void* scratch) {
         const View target = below.data ? step.view(below, task.sample, bytes_) : View{};
         passes_.mix_backward(step.range(task), step.view(from, task.sample, bytes_), target,
-                             grad_logits + task.sample * square, column + task.sample * step.slices, m_, m_transposed,
+                             grad_logits + task.sample * square, column + task.sample * step.slices, read_m_, read_m_transposed,
                              u_, folded.of(part), u_grad.data() + part * padded, target, scratch);
       });
     }
@@ -260,7 +262,7 @@ class Driver {
     const int64_t square = step.slices * step.slices;
     std::vector<double> partial(step.tasks.size() * square);
     run(step, false, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
-      passes_.map(step.range(task), step.view(x, task.sample, bytes_), m_, u_, partial.data() + index * square, scratch);
+      passes_.map(step.range(task), step.view(x, task.sample, bytes_), read_m_, u_, partial.data() + index * square, scratch);
     });
     T* scaled = room(step.batch * square);
     rows_of_maps(step, [&](int64_t row, std::vector<double>& sums) {
@@ -320,7 +322,7 @@ class Driver {
     for (int64_t c = 0; c < step.channels; ++c) bias_[c] = beta * g_bias[c];
     const int64_t square = step.slices * step.slices;
     run(step, false, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
-      passes_.mix(step.range(task), step.view(x, task.sample, bytes_), attention + task.sample * square, value_, bias_,
+      passes_.mix(step.range(task), step.view(x, task.sample, bytes_), attention + task.sample * square, read_value_, bias_,
                   step.view(out, task.sample, bytes_), scratch);
     });
   }
@@ -336,6 +338,16 @@ class Driver {
         body(begin * ROWS, std::min(channels, end * ROWS));
       });
     }
+  }
+
+  // Panels as the passes read them.
+  const void* prepared(int64_t channels, const T* panels, bool split) {
+    if (!passes_.prepare) return panels;
+    void* to = room(passes_.prepared_elements(channels, split));
+    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
+      passes_.prepare(channels, begin, end, panels, split, to);
+    });
+    return to;
   }
 
   // M = scale theta^T phi, u = scale phi^T theta_bias, and the value projection in panels.
@@ -357,6 +369,8 @@ class Driver {
     if (scale != 1) {
       for (int64_t i = 0; i < panels; ++i) m_[i] *= scale;
     }
+    read_m_ = prepared(channels, m_, true);
+    read_value_ = prepared(channels, value_, false);
     const T *phi = static_cast<const T*>(weights.phi_weight), *bias = static_cast<const T*>(weights.theta_bias);
     std::vector<double> u(channels);
     for (int64_t row = 0; row < channels; ++row) {
@@ -421,6 +435,8 @@ class Driver {
   const Host& host_;
   const int64_t bytes_;
   T *theta_ = nullptr, *phi_ = nullptr, *value_ = nullptr, *m_ = nullptr, *u_ = nullptr, *bias_ = nullptr;
+  // M and the value projection as the passes read them.
+  const void *read_m_ = nullptr, *read_value_ = nullptr;
   T* scratch_ = nullptr;
   int64_t scratch_elements_ = 0;
 };

@@ -717,6 +717,7 @@ struct Kernels {
   static constexpr rsa::Passes passes() {
     using Norm = ::Norm<V, Stored>;
     return {map,         mix,           map_backward,        mix_backward,   contract,  mix_slices,
+            nullptr,     nullptr,
             pack_matrix, unpack_matrix, correlate,           project,        Norm::sums, Norm::apply,
             Norm::backward_sums,        Norm::backward,      sizeof(T),      panel_elements,
             scratch_elements,           tile_positions};

@@ -29,6 +29,14 @@ constexpr int N = V::N, ROWS = 6, VECTORS = 4;
 
 // Pairs that a number of rows, slices or channels makes.
 inline int64_t pairs_of(int64_t count) { return (count + 1) / 2; }
+// Rows of pairs that slices take in a tile or a matrix: those beyond the slices are zero, so that AMX can take all of
+// them in steps of the same length.
+constexpr int64_t PAIR_STEP = 16;
+inline int64_t pair_step(int64_t slices) { return balanced(pairs_of(slices), PAIR_STEP); }
+inline int64_t pair_rows(int64_t slices) {
+  const int64_t step = pair_step(slices);
+  return (pairs_of(slices) + step - 1) / step * step;
+}
 
 // Vectors of halves ---------------------------------------------------------------------------------------------------
 
@@ -122,6 +130,56 @@ struct Target {
   }
 };
 
+// What is added to the sums of a row last.
+template <int NV>
+RSA_INLINE void add_terms(__m512 (&sums)[NV], const Target& to, int64_t row) {
+  if (to.initial) {
+    RSA_UNROLL for (int v = 0; v < NV; ++v) {
+      sums[v] = _mm512_add_ps(sums[v], _mm512_loadu_ps(to.initial + row * to.row + v * N));
+    }
+  }
+  if (to.initial_half) {
+    RSA_UNROLL for (int v = 0; v < NV; ++v) {
+      sums[v] = _mm512_add_ps(sums[v], widened(load_half(to.initial_half + row * to.row + v * N)));
+    }
+  }
+  if (to.bias) {
+    RSA_UNROLL for (int v = 0; v < NV; ++v) {
+      const __m512 bias = _mm512_loadu_ps(to.bias + v * N);
+      sums[v] = to.factors ? _mm512_fmadd_ps(_mm512_set1_ps(to.factors[row]), bias, sums[v])
+                           : _mm512_add_ps(sums[v], bias);
+    }
+  }
+}
+
+// A row where it goes by itself.
+template <Out OUT, int NV>
+RSA_INLINE void store_row(const __m512 (&sums)[NV], const Target& to, int64_t row) {
+  const int64_t at = row * to.row;
+  if (OUT == Out::kFloat) {
+    RSA_UNROLL for (int v = 0; v < NV; ++v) _mm512_storeu_ps(to.sums + at + v * N, sums[v]);
+  }
+  if (OUT == Out::kHalf || OUT == Out::kBoth) {
+    RSA_UNROLL for (int v = 0; v + 1 < NV; v += 2) store(to.half + at + v * N, narrowed(sums[v], sums[v + 1]));
+    if (NV % 2) store_half(to.half + at + (NV - 1) * N, narrowed(sums[NV - 1]));
+  }
+  if (OUT == Out::kSplit) {
+    RSA_UNROLL for (int v = 0; v < NV; ++v) {
+      const __m256i high = narrowed(sums[v]);
+      store_half(to.half + at + v * N, high);
+      store_half(to.low + at + v * N, narrowed(_mm512_sub_ps(sums[v], widened(high))));
+    }
+  }
+}
+
+// An even row and the next one, or null where it is the last.
+template <int NV>
+RSA_INLINE void store_pair(const __m512 (&first)[NV], const __m512 (*second)[NV], const Target& to, int64_t row) {
+  RSA_UNROLL for (int v = 0; v < NV; ++v) {
+    store(to.pair + row / 2 * to.row + v * N, paired(first[v], second ? (*second)[v] : _mm512_setzero_ps()));
+  }
+}
+
 // B and X: pairs, by their strides; X in two parts if `low` is not null.
 struct Factors {
   const Pair* b;
@@ -154,58 +212,12 @@ void pair_updates(const Factors& factors, const Target& to) {
     }
     x = part == factors.low ? nullptr : factors.low;
   }
-  if (to.initial) {
-    RSA_UNROLL for (int r = 0; r < R; ++r) {
-      RSA_UNROLL for (int v = 0; v < NV; ++v) {
-        sums[r][v] = _mm512_add_ps(sums[r][v], _mm512_loadu_ps(to.initial + r * to.row + v * N));
-      }
-    }
-  }
-  if (to.initial_half) {
-    RSA_UNROLL for (int r = 0; r < R; ++r) {
-      RSA_UNROLL for (int v = 0; v < NV; ++v) {
-        sums[r][v] = _mm512_add_ps(sums[r][v], widened(load_half(to.initial_half + r * to.row + v * N)));
-      }
-    }
-  }
-  if (to.bias) {
-    RSA_UNROLL for (int v = 0; v < NV; ++v) {
-      const __m512 bias = _mm512_loadu_ps(to.bias + v * N);
-      RSA_UNROLL for (int r = 0; r < R; ++r) {
-        sums[r][v] = to.factors ? _mm512_fmadd_ps(_mm512_set1_ps(to.factors[r]), bias, sums[r][v])
-                                : _mm512_add_ps(sums[r][v], bias);
-      }
-    }
-  }
-  if (OUT == Out::kFloat) {
-    RSA_UNROLL for (int r = 0; r < R; ++r) {
-      RSA_UNROLL for (int v = 0; v < NV; ++v) _mm512_storeu_ps(to.sums + r * to.row + v * N, sums[r][v]);
-    }
-  }
-  if (OUT == Out::kHalf || OUT == Out::kBoth) {
-    RSA_UNROLL for (int r = 0; r < R; ++r) {
-      RSA_UNROLL for (int v = 0; v + 1 < NV; v += 2) {
-        store(to.half + r * to.row + v * N, narrowed(sums[r][v], sums[r][v + 1]));
-      }
-      if (NV % 2) store_half(to.half + r * to.row + (NV - 1) * N, narrowed(sums[r][NV - 1]));
-    }
-  }
-  if (OUT == Out::kSplit) {
-    RSA_UNROLL for (int r = 0; r < R; ++r) {
-      RSA_UNROLL for (int v = 0; v < NV; ++v) {
-        const __m256i high = narrowed(sums[r][v]);
-        store_half(to.half + r * to.row + v * N, high);
-        store_half(to.low + r * to.row + v * N, narrowed(_mm512_sub_ps(sums[r][v], widened(high))));
-      }
-    }
+  RSA_UNROLL for (int r = 0; r < R; ++r) {
+    add_terms(sums[r], to, r);
+    store_row<OUT>(sums[r], to, r);
   }
   if (OUT == Out::kPair || OUT == Out::kBoth) {
-    RSA_UNROLL for (int r = 0; r < R; r += 2) {
-      RSA_UNROLL for (int v = 0; v < NV; ++v) {
-        const __m512 next = r + 1 < R ? sums[r + 1 < R ? r + 1 : r][v] : _mm512_setzero_ps();
-        store(to.pair + r / 2 * to.row + v * N, paired(sums[r][v], next));
-      }
-    }
+    RSA_UNROLL for (int r = 0; r < R; r += 2) store_pair(sums[r], r + 1 < R ? &sums[r + 1] : nullptr, to, r);
   }
 }
 
@@ -248,35 +260,41 @@ struct Shape {
   int64_t slices, places;
   int64_t voxels() const { return slices * places; }
   int64_t half(int64_t panel) const { return panels.start(panel) * voxels(); }
-  int64_t pair(int64_t panel) const { return panels.start(panel) * pairs_of(slices) * places; }
+  int64_t pair(int64_t panel) const { return panels.start(panel) * pair_rows(slices) * places; }
 };
 
-// Weights (C, C) in pairs of rows, as they were in panels of columns; in two parts, or with `low` null in one.
+// Weights (C, C) in pairs of rows, in panels of columns, rows and columns beyond C zero; in two parts, or with `low` null
+// in one.
 struct Weights {
-  Pair *high, *low;
+  const Pair *high, *low;
 
-  static int64_t elements(const Tiles& panels) { return pairs_of(panels.channels) * panels.padded; }
+  Weights(const Tiles& panels, const void* prepared, bool split)
+      : high(static_cast<const Pair*>(prepared)), low(split ? high + elements(panels) : nullptr) {}
+  static int64_t elements(const Tiles& panels) { return panels.padded / 2 * panels.padded; }
+};
 
-  // Rounds panels of floats.
-  void read(const Tiles& panels, const void* from) const {
-    const int64_t channels = panels.channels;
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
-      const int64_t width = panels.width(panel);
-      const float* rows = static_cast<const float*>(from) + panels.start(panel) * channels;
-      const int64_t offset = panels.start(panel) * pairs_of(channels);
-      for (int64_t row = 0; row < channels; row += 2) {
-        for (int64_t c = 0; c < width; c += N) {
-          const __m512 a = _mm512_loadu_ps(rows + row * width + c);
-          const __m512 b = row + 1 < channels ? _mm512_loadu_ps(rows + (row + 1) * width + c) : _mm512_setzero_ps();
-          const int64_t at = offset + row / 2 * width + c;
-          store(high + at, paired(a, b));
-          if (!low) continue;
-          store(low + at, paired(_mm512_sub_ps(a, widened(narrowed(a))), _mm512_sub_ps(b, widened(narrowed(b)))));
-        }
+// Rounds rows [begin, end) of panels of floats, `begin` being even: once if not `split`, which leaves `low` alone.
+inline void prepare_weights(const Tiles& panels, int64_t begin, int64_t end, const void* from, bool split, Pair* high) {
+  const Tiles floats(panels.channels);
+  Pair* low = high + Weights::elements(panels);
+  const int64_t last = end == panels.channels ? panels.padded : end;
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t width = panels.width(panel), wide = floats.width(panel);
+    const float* rows = static_cast<const float*>(from) + panels.start(panel) * panels.channels;
+    for (int64_t row = begin; row < last; row += 2) {
+      for (int64_t c = 0; c < width; c += N) {
+        const auto read = [&](int64_t r) {
+          return r < end && c < wide ? _mm512_loadu_ps(rows + r * wide + c) : _mm512_setzero_ps();
+        };
+        const __m512 a = read(row), b = read(row + 1);
+        const int64_t at = panels.start(panel) * panels.padded / 2 + row / 2 * width + c;
+        store(high + at, paired(a, b));
+        if (!split) continue;
+        store(low + at, paired(_mm512_sub_ps(a, widened(narrowed(a))), _mm512_sub_ps(b, widened(narrowed(b)))));
       }
     }
   }
-};
+}
 
 // out[voxel][:] = initial + bias + sum_c rows[voxel][c] weights[c][:]; `sums` has room for a panel in float, or is a
 // tile where the result goes or the initial one is.
@@ -292,7 +310,7 @@ void project_tile(const Shape& shape, const Half* rows, const Weights& weights, 
     target.bias = to.bias ? to.bias + panels.start(panel) : nullptr;
     for (int64_t from = 0; from < panels.count; ++from) {
       const int64_t wide = panels.width(from), steps = pairs_of(panels.filled(from));
-      const int64_t block = panels.start(panel) * pairs_of(panels.channels) + panels.start(from) / 2 * width;
+      const int64_t block = panels.start(panel) * panels.padded / 2 + panels.start(from) / 2 * width;
       const Pair* source = reinterpret_cast<const Pair*>(rows + shape.half(from));
       const Factors factors{source, wide / 2, 1, weights.high + block, weights.low ? weights.low + block : nullptr,
                             width, steps};
@@ -311,13 +329,13 @@ void project_tile(const Shape& shape, const Half* rows, const Weights& weights, 
 // out_i = initial + sum_j matrix_ij tile_j, the matrix in pairs of columns.
 template <Out OUT>
 void mix_tile(const Shape& shape, const Pair* matrix, const Pair* tile, const Target& to) {
-  const int64_t pairs = pairs_of(shape.slices);
+  const int64_t pairs = pairs_of(shape.slices), row = pair_rows(shape.slices);
   for (int64_t panel = 0; panel < shape.panels.count; ++panel) {
     const int64_t run = shape.places * shape.panels.width(panel);
     Target target = to.at(0, shape.half(panel));
     if (to.pair) target.pair = to.pair + shape.pair(panel);
     target.row = run;
-    multiply_pairs<OUT>(shape.slices, run, {matrix, pairs, 1, tile + shape.pair(panel), nullptr, run, pairs}, target);
+    multiply_pairs<OUT>(shape.slices, run, {matrix, row, 1, tile + shape.pair(panel), nullptr, run, pairs}, target);
   }
 }
 
@@ -431,7 +449,7 @@ void contract_tiles(const Shape& shape, const Half* rows, const Half* low, const
 
 // Between layouts -----------------------------------------------------------------------------------------------------
 
-// A matrix (S, S) in pairs of columns, or its transpose.
+// A matrix (S, S) in pairs of columns, or its transpose; columns beyond S are zero.
 inline void pair_columns(int64_t slices, const float* matrix, bool transposed, Pair* to) {
   const auto half = [&](int64_t i, int64_t j) {
     BFloat16 value{0};
@@ -439,12 +457,22 @@ inline void pair_columns(int64_t slices, const float* matrix, bool transposed, P
     return static_cast<Pair>(value.bits);
   };
   for (int64_t i = 0; i < slices; ++i) {
-    for (int64_t j = 0; j < slices; j += 2) *to++ = half(i, j) | half(i, j + 1) << 16;
+    for (int64_t j = 0; j < 2 * pair_rows(slices); j += 2) *to++ = half(i, j) | half(i, j + 1) << 16;
+  }
+}
+
+// Zeroes what a tile of pairs has beyond its slices.
+inline void clear_beyond(const Shape& shape, Pair* tile) {
+  const int64_t pairs = pairs_of(shape.slices), beyond = pair_rows(shape.slices) - pairs;
+  for (int64_t panel = 0; beyond && panel < shape.panels.count; ++panel) {
+    const int64_t run = shape.places * shape.panels.width(panel);
+    std::memset(tile + shape.pair(panel) + pairs * run, 0, beyond * run * sizeof(Pair));
   }
 }
 
 // Pairs the slices of a tile.
 inline void pair_slices(const Shape& shape, const Half* tile, Pair* to) {
+  clear_beyond(shape, to);
   for (int64_t panel = 0; panel < shape.panels.count; ++panel) {
     const int64_t run = shape.places * shape.panels.width(panel);
     const Half* from = tile + shape.half(panel);
@@ -461,7 +489,7 @@ inline void pair_slices(const Shape& shape, const Half* tile, Pair* to) {
 // totals (C) += sum over voxels of coefficients[slice] * tile; coefficients null: 1. In double from slice to slice.
 inline void add_voxels(const Shape& shape, const Half* tile, const float* coefficients, double* totals) {
   const Tiles& panels = shape.panels;
-  for (int64_t c = 0; c < panels.padded; c += N) {
+  for (int64_t c = 0; c < panels.channels; c += N) {
     const int64_t panel = c / Tiles::WIDTH, width = panels.width(panel);
     const Half* from = tile + shape.half(panel) + (c - panels.start(panel));
     for (int64_t s = 0; s < shape.slices; ++s) {
@@ -543,10 +571,10 @@ class PairReader {
  public:
   static constexpr int64_t COPIED = 64;
 
-  static int64_t buffer_elements(int64_t slices, int64_t channels, int64_t positions) {
+  static int64_t buffer_elements(int64_t slices, const Tiles& panels, int64_t positions) {
     const int64_t copied = rounded(positions > COPIED ? positions : COPIED), pairs = pairs_of(slices);
     const int64_t rows = pairs * copied, turned = copied * rounded(pairs);
-    return Tiles(channels).padded * ((rows > turned ? rows : turned) + N);
+    return panels.padded * ((rows > turned ? rows : turned) + N);
   }
 
   PairReader(const Tiles& panels, const Range& range, const View& view, Pair* buffer)
@@ -556,6 +584,7 @@ class PairReader {
   void read(int64_t begin, int64_t positions, Half* half, Pair* pair) {
     const int64_t step = pitch(positions);
     const Shape shape{panels_, range_.slices, step};
+    if (pair) clear_beyond(shape, pair);
     if (step > positions) {
       for (int64_t panel = 0; panel < panels_.count; ++panel) {
         const int64_t width = panels_.width(panel), last = positions * width;
@@ -632,7 +661,7 @@ class PairReader {
       const Half* slice = static_cast<const Half*>(view_.data) + s * view_.slice;
       const bool both = s + 1 < range_.slices;
       each_position(range_, view_, begin, positions, [&](int64_t p, int64_t offset) {
-        for (int64_t c = 0, next; c < panels_.channels; c = next) {
+        for (int64_t c = 0, next; c < panels_.padded; c = next) {
           const int64_t panel = c / Tiles::WIDTH, width = panels_.width(panel), channel = c - panels_.start(panel);
           const Half* from = slice + offset + c;
           const int64_t voxel = s * shape.places + p, two_voxels = s / 2 * shape.places + p;
@@ -647,7 +676,7 @@ class PairReader {
             if (half && both) store(halves + shape.places * width, second);
           } else {
             next = c + N;
-            const int count = static_cast<int>(smaller(N, panels_.channels - c));
+            const int count = c < panels_.channels ? static_cast<int>(smaller(N, panels_.channels - c)) : 0;
             const __m256i first = gather(from, 1, count);
             const __m256i second = both ? gather(from + view_.slice, 1, count) : _mm256_setzero_si256();
             if (pair) store(pairs, paired(first, second));
@@ -751,28 +780,27 @@ inline void unpack_halves(const Tiles& panels, const Range& range, const View& v
 
 // The passes ----------------------------------------------------------------------------------------------------------
 
-// Scratch, in floats: a tile of floats, tiles of halves or pairs, copies, weights, matrices of slices. Tiles of pairs
-// have an even number of slices.
+// Scratch, in floats: a tile of floats, tiles of halves or pairs, copies, matrices of slices. Tiles of pairs have an even
+// number of slices.
 struct Scratch {
   static constexpr int TILES = 7;
   float* sums;
   void* tiles[TILES];
   Pair* copies[2];
-  Pair* weights[2];
   Pair* matrices[2];
 
   static int64_t line(int64_t elements) { return (elements + N - 1) / N * N; }
   static int64_t positions(int64_t tile) { return tile + tile / 2 + 2; }
   static int64_t tile(int64_t slices, int64_t channels, int64_t tile) {
-    return pairs_of(slices) * Tiles(channels).padded * positions(tile);
+    return pair_rows(slices) * Tiles(channels).padded * positions(tile);
   }
 
   // Past the last buffer lines may be read, though not used.
   static int64_t elements(int64_t slices, int64_t channels, int64_t most) {
     const Tiles panels(channels);
     return (2 + TILES) * tile(slices, channels, most) +
-           2 * PairReader::buffer_elements(slices, channels, positions(most)) + 2 * Weights::elements(panels) +
-           2 * line(slices * pairs_of(slices)) + N * (slices + 2) * Tiles::WIDTH;
+           2 * PairReader::buffer_elements(slices, panels, positions(most)) + 2 * line(slices * pair_rows(slices)) +
+           N * (slices + 2) * Tiles::WIDTH;
   }
 
   Scratch(const Range& range, void* scratch) {
@@ -786,10 +814,9 @@ struct Scratch {
       return taken;
     };
     for (void*& each : tiles) each = take(size);
-    for (Pair*& each : weights) each = take(Weights::elements(panels));
-    for (Pair*& each : matrices) each = take(line(range.slices * pairs_of(range.slices)));
+    for (Pair*& each : matrices) each = take(line(range.slices * pair_rows(range.slices)));
     for (Pair*& each : copies) {
-      each = take(PairReader::buffer_elements(range.slices, range.channels, positions(range.tile)));
+      each = take(PairReader::buffer_elements(range.slices, panels, positions(range.tile)));
     }
   }
   Half* half(int tile) const { return static_cast<Half*>(tiles[tile]); }
@@ -806,12 +833,19 @@ inline int64_t scratch_elements(int64_t slices, int64_t channels, int64_t tile, 
   return Scratch::elements(slices, channels, tile);
 }
 
+inline int64_t prepared_elements(int64_t channels, bool split) {
+  return (split ? 2 : 1) * Weights::elements(Tiles(channels));
+}
+
+inline void prepare(int64_t channels, int64_t begin, int64_t end, const void* panels, bool split, void* to) {
+  prepare_weights(Tiles(channels), begin, end, panels, split, static_cast<Pair*>(to));
+}
+
 inline void map(const Range& range, View x, const void* m, const void* u, double* logits, void* scratch) {
   const Tiles panels(range.channels);
   const Scratch room(range, scratch);
   Half *tile = room.half(0), *high = room.half(1), *low = room.half(2);
-  const Weights weights{room.weights[0], room.weights[1]};
-  weights.read(panels, m);
+  const Weights weights(panels, m, true);
   PairReader x_reader(panels, range, x, room.copies[0]);
   Float::each_tile(range, [&](int64_t begin, int64_t positions) {
     const Shape shape{panels, range.slices, pitch(positions)};
@@ -829,8 +863,7 @@ inline void mix(const Range& range, View x, const void* attention, const void* v
                 void* scratch) {
   const Tiles panels(range.channels);
   const Scratch room(range, scratch);
-  const Weights weights{room.weights[0], nullptr};
-  weights.read(panels, value);
+  const Weights weights(panels, value, false);
   pair_columns(range.slices, static_cast<const float*>(attention), false, room.matrices[0]);
   PairReader x_reader(panels, range, x, room.copies[0]);
   Float::each_tile(range, [&](int64_t begin, int64_t positions) {
@@ -850,8 +883,7 @@ inline void map_backward(const Range& range, View x, View grad, const void* atte
                          double* products, double* grad_sum, void* value_grad, View out, void* scratch) {
   const Tiles panels(range.channels);
   const Scratch room(range, scratch);
-  const Weights weights{room.weights[0], nullptr};
-  weights.read(panels, value_transposed);
+  const Weights weights(panels, value_transposed, false);
   for (int i = 0; i < 2; ++i) {
     pair_columns(range.slices, static_cast<const float*>(attention), i == 1, room.matrices[i]);
   }
@@ -889,12 +921,8 @@ inline void mix_backward(const Range& range, View x, View partial, const void* g
                          View out, void* scratch) {
   const Tiles panels(range.channels);
   const Scratch room(range, scratch);
-  const Weights weights{room.weights[0], nullptr}, transposed{room.weights[1], nullptr};
+  const Weights weights(panels, m, false), transposed(panels, m_transposed, false);
   const float* coefficients = static_cast<const float*>(column);
-  if (out.data) {
-    weights.read(panels, m);
-    transposed.read(panels, m_transposed);
-  }
   for (int i = 0; i < 2; ++i) {
     pair_columns(range.slices, static_cast<const float*>(grad_logits), i == 1, room.matrices[i]);
   }

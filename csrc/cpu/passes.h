@@ -23,7 +23,8 @@ struct Range {
   int64_t begin, end, tile;
 };
 
-// Buffers are in the accumulation type, float, or double for float64, but for sums over voxels that are double here. Matrices of channels are in panels: see kernels.h.
+// Buffers are in the accumulation type, float, or double for float64, but for sums over voxels that are double here.
+// Matrices of channels are in panels: see kernels.h; those that passes read are prepared first where there is `prepare`.
 struct Passes {
   // logits (S, S) += <M^T x_i + u, x_j>
   void (*map)(const Range&, View x, const void* m, const void* u, double* logits, void* scratch);
@@ -41,6 +42,11 @@ struct Passes {
   void (*contract)(const Range&, View left, View right, double* products, void* scratch);
   // out = matrix x, or matrix^T x
   void (*mix_slices)(const Range&, View x, const void* matrix, bool transposed, View out, void* scratch);
+
+  // Rows [begin, end) of panels as the passes read them, `begin` being even; m as `map` and `mix_backward` do if `split`.
+  // Null where they read panels.
+  void (*prepare)(int64_t channels, int64_t begin, int64_t end, const void* panels, bool split, void* to);
+  int64_t (*prepared_elements)(int64_t channels, bool split);
 
   // Matrices (C, C) in row order: packed by panels of columns, transposed or not, and back.
   void (*pack_matrix)(int64_t channels, const void* matrix, bool transposed, void* panels);
@@ -79,6 +85,11 @@ const Passes& avx512_passes(Element element);
 #if defined(__clang__) ? __clang_major__ >= 10 : defined(__GNUC__) ? __GNUC__ >= 11 : _MSC_VER >= 1930
 #define RSA_BF16 1
 const Passes& avx512_bf16_passes();
+// And with its products of tiles, which the system has to allow.
+#if defined(__linux__) && defined(__x86_64__)
+#define RSA_AMX 1
+const Passes& amx_passes();
+#endif
 #endif
 #endif
 
