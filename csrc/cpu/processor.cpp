@@ -2,6 +2,11 @@
 
 #include <cstring>
 
+#if defined(RSA_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(RSA_X86) && defined(_MSC_VER) && !defined(__clang__)
 #include <immintrin.h>
 #include <intrin.h>
@@ -10,7 +15,21 @@
 namespace rsa {
 namespace {
 
-constexpr const char* NAMES[] = {"plain", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* NAMES[] = {"plain", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr int SETS = 5;
+
+// Whether there are tile registers for bfloat16, and Linux lets this process use them: who wants them has to ask.
+bool has_amx() {
+#if defined(RSA_AMX)
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  constexpr long ask_for_permission = 0x1023, tile_data = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
+  return syscall(SYS_arch_prctl, ask_for_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 #if defined(RSA_X86) && defined(_MSC_VER) && !defined(__clang__)
 // Bits of CPUID, and of XCR0 for what the system saves of the registers.
@@ -31,6 +50,7 @@ bool has(int instruction_set) {
     bf16 = more[0] & (1 << 5);
   }
 #endif
+  if (instruction_set == 4) return bf16 && has_amx();
   const bool found[] = {true, avx2, avx512, bf16};
   return found[instruction_set];
 }
@@ -45,6 +65,7 @@ bool has(int instruction_set) {
 #else
   const bool bf16 = false;
 #endif
+  if (instruction_set == 4) return bf16 && has_amx();
   const bool found[] = {true, avx2, avx512, bf16};
   return found[instruction_set];
 }
@@ -55,13 +76,13 @@ bool has(int instruction_set) { return instruction_set == 0; }
 }  // namespace
 
 int best_instruction_set() {
-  int best = 3;
+  int best = SETS - 1;
   while (!has(best)) --best;
   return best;
 }
 
 int instruction_set_of(const char* name) {
-  for (int number = 0; number < 4; ++number) {
+  for (int number = 0; number < SETS; ++number) {
     if (std::strcmp(name, NAMES[number]) == 0 && has(number)) return number;
   }
   return -1;
@@ -71,6 +92,9 @@ const char* name_of(int instruction_set) { return NAMES[instruction_set]; }
 
 const Passes& passes_for(int instruction_set, Element element) {
 #if defined(RSA_X86)
+#if defined(RSA_AMX)
+  if (instruction_set == 4 && element == Element::kBFloat16) return amx_passes();
+#endif
 #if defined(RSA_BF16)
   if (instruction_set == 3 && element == Element::kBFloat16) return avx512_bf16_passes();
 #endif

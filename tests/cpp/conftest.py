@@ -13,7 +13,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"the cpp backend {reason}"))
 
 
-@pytest.fixture(params=("avx512_bf16", "avx512", "avx2", "plain"))
+@pytest.fixture(params=("amx", "avx512_bf16", "avx512", "avx2", "plain"))
 def instruction_set(request):
     """Every instruction set in turn, where this processor has it."""
     before = cpp.instruction_set()

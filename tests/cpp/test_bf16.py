@@ -28,14 +28,14 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def pairs():
-    """Chooses the products of pairs; returns what chooses another instruction set; puts back what was there."""
+@pytest.fixture(autouse=True, params=["amx", "avx512_bf16"])
+def pairs(request):
+    """Chooses the products of tiles, then of pairs; returns what chooses another instruction set; puts back what was there."""
     from rsa_kernels import cpp
 
     before = cpp.instruction_set()
     try:
-        cpp.instruction_set("avx512_bf16")
+        cpp.instruction_set(request.param)
     except RuntimeError as error:
         pytest.skip(str(error).splitlines()[0])
     yield cpp.instruction_set
@@ -214,10 +214,11 @@ def test_values_far_from_one():
 
 
 def test_other_dtypes_are_computed_as_without_pairs(pairs):
+    own = pairs()
     for dtype in (torch.float64, torch.float32, torch.float16):
         tensors = [tensor.to(dtype) for tensor in (random_volume((1, 9, 5, 7, 6)), *random_block(9))]
         results = with_gradients(block, tensors, tensors[0])
         pairs("avx512")
         expected = with_gradients(block, tensors, tensors[0])
-        pairs("avx512_bf16")
+        pairs(own)
         assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))

@@ -14,7 +14,7 @@ from support import FORMATS, random_block, random_volume, relative_error, with_g
 from benchmarks.published import published
 from rsa_kernels import recurrent_slice_attention, slice_attention
 
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "plain")
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "plain")
 FLOORS = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 # Channels below, at and above a panel; slices and positions below, at and above a vector and a tile.
 SHAPES = [
