@@ -141,15 +141,22 @@ RSA_INLINE void sum_block(int64_t rows, bool below, bool beside, float* sums, co
 // Adds to the sums what is to be added, and stores them.
 template <Out OUT, int VECTORS>
 RSA_INLINE void finish(int64_t rows, const float* sums, const Target& to) {
-  for (int64_t row = 0; row < rows; row += 2) {
-    __m512 pair[2][VECTORS];
-    const int64_t count = smaller(2, rows - row);
-    for (int64_t r = 0; r < count; ++r) {
-      RSA_UNROLL for (int v = 0; v < VECTORS; ++v) pair[r][v] = _mm512_loadu_ps(sums + (row + r) * COLUMNS + v * N);
-      bf16::add_terms(pair[r], to, row + r);
-      bf16::store_row<OUT>(pair[r], to, row + r);
-    }
-    if (OUT == Out::kPair || OUT == Out::kBoth) bf16::store_pair(pair[0], count == 2 ? &pair[1] : nullptr, to, row);
+  const auto row_of = [&](int64_t row, __m512 (&vectors)[VECTORS]) {
+    RSA_UNROLL for (int v = 0; v < VECTORS; ++v) vectors[v] = _mm512_loadu_ps(sums + row * COLUMNS + v * N);
+    bf16::add_terms(vectors, to, row);
+    bf16::store_row<OUT>(vectors, to, row);
+  };
+  constexpr bool pairs = OUT == Out::kPair || OUT == Out::kBoth;
+  __m512 first[VECTORS], second[VECTORS];
+  int64_t row = 0;
+  for (; row + 2 <= rows; row += 2) {
+    row_of(row, first);
+    row_of(row + 1, second);
+    if (pairs) bf16::store_pair(first, &second, to, row);
+  }
+  if (row < rows) {
+    row_of(row, first);
+    if (pairs) bf16::store_pair<VECTORS>(first, nullptr, to, row);
   }
 }
 
@@ -336,7 +343,7 @@ void contract_tiles(const Shape& shape, const Half* const (&parts)[PARTS], const
 // over by `correlate_tiles`.
 struct Scratch {
   static constexpr int FORWARD = 3, BACKWARD = 5;
-  static constexpr int64_t TILE = 256 << 10;
+  static constexpr int64_t TILE = 512 << 10;
   Pair *tiles[BACKWARD], *turned, *copies[2], *matrices[2], *rest;
   float* bias;
 

@@ -60,8 +60,9 @@ inline T widen(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t rest = value.bits & 0x7fff;
   if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // The exponent's bias is mended by a product, which also turns the subnormal numbers into normal ones.
-  const float magnitude = float_of(rest << 13) * 5.192296858534828e33f;  // 2^112
+  // Subnormal numbers are whole ones times 2^-24; the others have another bias of the exponent.
+  const float magnitude = rest < 0x400 ? static_cast<float>(rest) * 5.9604644775390625e-8f
+                                       : float_of((rest << 13) + 0x38000000);
   return float_of(sign | bits_of(magnitude));
 }
 
