@@ -151,7 +151,8 @@ class Cpu:
     cache_bytes = 0  # that inputs fit a cache is nothing special: they are read from where the network left them
 
     def __init__(self) -> None:
-        self.name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+        tiles = " AMX" if torch.cpu._is_amx_tile_supported() else ""
+        self.name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}{tiles}"
 
     def where(self) -> dict[str, object]:
         """See ``Device``."""

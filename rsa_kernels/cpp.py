@@ -30,7 +30,9 @@ def _empty_map(x: Tensor, axis: int) -> Tensor:
 
 
 def instruction_set(name: str = "") -> str:
-    """The instruction set in use: ``avx512_bf16``, ``avx512``, ``avx2`` or ``plain``.
+    """The instruction set in use: ``amx``, ``avx512_bf16``, ``avx512``, ``avx2`` or ``plain``.
+
+    The fastest one that the processor has is in use from the start; on Intel's that is never ``avx512_bf16``.
 
     Args:
         name: the one to use from now on in the whole process; by default nothing changes.

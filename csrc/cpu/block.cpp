@@ -95,7 +95,9 @@ class Driver {
 
   void forward(const Volume& x, const Weights& weights, const Volume& out, const std::vector<void*>& maps,
                const std::vector<Volume>& inputs) {
-    fold(x.sizes[1], weights);
+    const int64_t channels = x.sizes[1];
+    read_m_ = prepared(channels, fold(channels, weights), true);
+    read_value_ = prepared(channels, packed(channels, weights.g_weight, true), false);
     const T* betas = static_cast<const T*>(weights.betas);
     const auto steps = cut(x, PARTS);
     const Volume* from = &x;
@@ -111,15 +113,10 @@ class Driver {
                 const std::vector<void*>& maps, const Weights& weights, const Volume& work, bool need_x,
                 bool need_folded, bool need_value, const Weights& grads) {
     const int64_t channels = x.sizes[1], panels = passes_.panel_elements(channels), padded = panels / channels;
-    fold(channels, weights);
-    T* value_transposed = room(panels);
-    passes_.pack_matrix(channels, weights.g_weight, false, value_transposed);
-    T* m_transposed = room(panels);
-    T* rows = room(channels * channels);
-    passes_.unpack_matrix(channels, m_, rows);
-    passes_.pack_matrix(channels, rows, true, m_transposed);
-    const void* read_value_transposed = prepared(channels, value_transposed, false);
-    const void* read_m_transposed = prepared(channels, m_transposed, false);
+    T* m = fold(channels, weights);
+    T* read_m_transposed = prepared(channels, transposed(channels, m), false);
+    read_m_ = prepared(channels, m, true);
+    T* read_value_transposed = prepared(channels, packed(channels, weights.g_weight, false), false);
 
     const int64_t affordable = PARTIAL_GRADIENTS / (2 * panels * static_cast<int64_t>(sizeof(T)));
     const auto steps = cut(x, std::clamp(affordable, FEWEST_PARTS, PARTS));
@@ -134,8 +131,8 @@ class Driver {
     std::vector<double> u_grad(parts * padded), g_bias_grad(channels);
 
     const T* betas = static_cast<const T*>(weights.betas);
-    for (size_t s = 0; s + 1 < steps.size(); ++s) {
-      if (static_cast<int64_t>(s) < known) continue;
+    for (size_t s = known; s + 1 < steps.size(); ++s) {
+      if (!read_value_) read_value_ = prepared(channels, packed(channels, weights.g_weight, true), false);
       const Volume& from = s == 0 ? x : inputs[s - 1];
       T* attention = scaled_map(steps[s], static_cast<const T*>(maps[s]), betas[s]);
       mix_step(steps[s], from, attention, static_cast<const T*>(weights.g_bias), betas[s], inputs[s]);
@@ -177,8 +174,9 @@ class Driver {
       });
     }
 
+    for (T* done : {read_m_, read_value_, read_m_transposed, read_value_transposed}) give_back(done);
     for (int64_t c = 0; c < channels; ++c) static_cast<T*>(grads.g_bias)[c] = static_cast<T>(g_bias_grad[c]);
-    if (need_value) passes_.unpack_matrix(channels, total(value), grads.g_weight);
+    if (need_value) unpack(channels, total(value), grads.g_weight);
     if (need_folded) unfold(channels, weights, total(folded), u_grad, padded, grads);
   }
 
@@ -220,6 +218,54 @@ class Driver {
     T* result = room(elements);
     std::memset(result, 0, elements * sizeof(T));
     return result;
+  }
+
+  // Room for a matrix (C, C) in whatever form; what is given back serves again.
+  T* matrix(int64_t channels) {
+    if (free_.empty()) {
+      const int64_t prepared = passes_.prepare ? passes_.prepared_elements(channels, true) : 0;
+      return room(std::max(passes_.panel_elements(channels), prepared));
+    }
+    T* const taken = free_.back();
+    free_.pop_back();
+    return taken;
+  }
+  void give_back(T* matrix) {
+    if (matrix) free_.push_back(matrix);
+  }
+
+  T* packed(int64_t channels, const void* rows, bool transposed) {
+    T* panels = matrix(channels);
+    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
+      passes_.pack_matrix(channels, begin, end, rows, transposed, panels);
+    });
+    return panels;
+  }
+
+  void unpack(int64_t channels, const T* panels, void* rows) {
+    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
+      passes_.unpack_matrix(channels, begin, end, panels, rows);
+    });
+  }
+
+  // The transpose of a matrix in panels.
+  T* transposed(int64_t channels, const T* panels) {
+    T* rows = matrix(channels);
+    unpack(channels, panels, rows);
+    T* result = packed(channels, rows, true);
+    give_back(rows);
+    return result;
+  }
+
+  // Panels as the passes read them, in whose place they are.
+  T* prepared(int64_t channels, T* panels, bool split) {
+    if (!passes_.prepare) return panels;
+    T* to = matrix(channels);
+    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
+      passes_.prepare(channels, begin, end, panels, split, to);
+    });
+    give_back(panels);
+    return to;
   }
 
   std::vector<Step> cut(const Volume& x, int64_t most_parts) {
@@ -362,43 +408,31 @@ class Driver {
     }
   }
 
-  // Panels as the passes read them.
-  const void* prepared(int64_t channels, const T* panels, bool split) {
-    if (!passes_.prepare) return panels;
-    void* to = room(passes_.prepared_elements(channels, split));
-    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
-      passes_.prepare(channels, begin, end, panels, split, to);
-    });
-    return to;
-  }
-
-  // M = scale theta^T phi, u = scale phi^T theta_bias, and the value projection in panels.
-  void fold(int64_t channels, const Weights& weights) {
+  // M = scale theta^T phi, and u = scale phi^T theta_bias.
+  T* fold(int64_t channels, const Weights& weights) {
     const int64_t panels = passes_.panel_elements(channels), padded = panels / channels;
-    theta_ = room(panels);
-    phi_ = room(panels);
-    value_ = room(panels);
-    m_ = zeros(panels);
     u_ = zeros(padded);
     bias_ = zeros(padded);
-    passes_.pack_matrix(channels, weights.theta_weight, false, theta_);
-    passes_.pack_matrix(channels, weights.phi_weight, false, phi_);
-    passes_.pack_matrix(channels, weights.g_weight, true, value_);
+    T* theta = packed(channels, weights.theta_weight, false);
+    T* phi_panels = packed(channels, weights.phi_weight, false);
+    T* m = matrix(channels);
+    std::memset(m, 0, panels * sizeof(T));
     rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
-      passes_.correlate(channels, begin, end, theta_, phi_, m_);
+      passes_.correlate(channels, begin, end, theta, phi_panels, m);
     });
+    give_back(theta);
+    give_back(phi_panels);
     const T scale = static_cast<T>(block_.scale);
     if (scale != 1) {
-      for (int64_t i = 0; i < panels; ++i) m_[i] *= scale;
+      for (int64_t i = 0; i < panels; ++i) m[i] *= scale;
     }
-    read_m_ = prepared(channels, m_, true);
-    read_value_ = prepared(channels, value_, false);
     const T *phi = static_cast<const T*>(weights.phi_weight), *bias = static_cast<const T*>(weights.theta_bias);
     std::vector<double> u(channels);
     for (int64_t row = 0; row < channels; ++row) {
       for (int64_t c = 0; c < channels; ++c) u[c] += static_cast<double>(bias[row]) * phi[row * channels + c];
     }
     for (int64_t c = 0; c < channels; ++c) u_[c] = static_cast<T>(block_.scale * u[c]);
+    return m;
   }
 
   // The sum of all parts, in the place of the first.
@@ -429,18 +463,20 @@ class Driver {
     for (size_t at = 0; at < partial_u.size(); at += padded) {
       for (int64_t c = 0; c < channels; ++c) u_grad[c] += block_.scale * partial_u[at + c];
     }
-    T *transposed = room(panels), *rows = room(channels * channels), *product = room(panels);
-    passes_.unpack_matrix(channels, m_grad, rows);
-    passes_.pack_matrix(channels, rows, true, transposed);
-    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
-      passes_.project(channels, begin, end, phi_, transposed, product);
-    });
-    passes_.unpack_matrix(channels, product, grads.theta_weight);
-    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
-      passes_.project(channels, begin, end, theta_, m_grad, product);
-    });
+    // d theta, then d phi: rows (C, C) times panels.
+    const auto product_of = [&](const void* rows, const T* right, void* to) {
+      T *left = packed(channels, rows, false), *product = matrix(channels);
+      rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
+        passes_.project(channels, begin, end, left, right, product);
+      });
+      unpack(channels, product, to);
+      give_back(left);
+      give_back(product);
+    };
+    T* m_grad_transposed = transposed(channels, m_grad);
+    product_of(weights.phi_weight, m_grad_transposed, grads.theta_weight);
+    product_of(weights.theta_weight, m_grad, grads.phi_weight);
     T* phi_grad = static_cast<T*>(grads.phi_weight);
-    passes_.unpack_matrix(channels, product, phi_grad);
     const T *phi = static_cast<const T*>(weights.phi_weight), *bias = static_cast<const T*>(weights.theta_bias);
     for (int64_t row = 0; row < channels; ++row) {
       double sum = 0;
@@ -456,9 +492,10 @@ class Driver {
   const Passes& passes_;
   const Host& host_;
   const int64_t bytes_;
-  T *theta_ = nullptr, *phi_ = nullptr, *value_ = nullptr, *m_ = nullptr, *u_ = nullptr, *bias_ = nullptr;
+  T *u_ = nullptr, *bias_ = nullptr;
   // M and the value projection as the passes read them.
-  const void *read_m_ = nullptr, *read_value_ = nullptr;
+  T *read_m_ = nullptr, *read_value_ = nullptr;
+  std::vector<T*> free_;
   T* scratch_ = nullptr;
   int64_t scratch_elements_ = 0;
 };

@@ -665,15 +665,15 @@ struct Kernels {
   }
 
   // A matrix in panels of columns: [panel][row][column], columns beyond C zero.
-  static void pack_matrix(int64_t channels, const void* matrix, bool transposed, void* to) {
+  static void pack_matrix(int64_t channels, int64_t begin, int64_t end, const void* matrix, bool transposed, void* to) {
     const Panels<V> panels(channels);
     const T* from = static_cast<const T*>(matrix);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t width = panels.width(panel), start = panels.start(panel);
       T* rows = static_cast<T*>(to) + start * channels;
-      int64_t row = 0;
+      int64_t row = begin;
       if (transposed && panels.filled(panel) == width) {
-        for (; row + V::N <= channels; row += V::N) {
+        for (; row + V::N <= end; row += V::N) {
           for (int64_t lane = 0; lane < width; lane += V::N) {
             V square[V::N];
             V::turn(from + (start + lane) * channels + row, channels, square);
@@ -681,7 +681,7 @@ struct Kernels {
           }
         }
       }
-      for (; row < channels; ++row) {
+      for (; row < end; ++row) {
         for (int64_t lane = 0; lane < width; ++lane) {
           const int64_t column = start + lane;
           const int64_t at = transposed ? column * channels + row : row * channels + column;
@@ -691,12 +691,12 @@ struct Kernels {
     }
   }
 
-  static void unpack_matrix(int64_t channels, const void* from, void* matrix) {
+  static void unpack_matrix(int64_t channels, int64_t begin, int64_t end, const void* from, void* matrix) {
     const Panels<V> panels(channels);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t width = panels.width(panel), start = panels.start(panel);
       const T* rows = static_cast<const T*>(from) + start * channels;
-      for (int64_t row = 0; row < channels; ++row) {
+      for (int64_t row = begin; row < end; ++row) {
         std::memcpy(static_cast<T*>(matrix) + row * channels + start, rows + row * width,
                     panels.filled(panel) * sizeof(T));
       }

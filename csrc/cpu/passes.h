@@ -48,9 +48,9 @@ struct Passes {
   void (*prepare)(int64_t channels, int64_t begin, int64_t end, const void* panels, bool split, void* to);
   int64_t (*prepared_elements)(int64_t channels, bool split);
 
-  // Matrices (C, C) in row order: packed by panels of columns, transposed or not, and back.
-  void (*pack_matrix)(int64_t channels, const void* matrix, bool transposed, void* panels);
-  void (*unpack_matrix)(int64_t channels, const void* panels, void* matrix);
+  // Matrices (C, C) in row order: packed by panels of columns, transposed or not, and back; rows [begin, end) of the result.
+  void (*pack_matrix)(int64_t channels, int64_t begin, int64_t end, const void* matrix, bool transposed, void* panels);
+  void (*unpack_matrix)(int64_t channels, int64_t begin, int64_t end, const void* panels, void* matrix);
   // Rows [begin, end) of panels `total (C, C) += left^T right`.
   void (*correlate)(int64_t channels, int64_t begin, int64_t end, const void* left, const void* right, void* total);
   // Rows [begin, end) of `out = rows weights`, all in panels.

@@ -73,11 +73,26 @@ bool has(int instruction_set) {
 bool has(int instruction_set) { return instruction_set == 0; }
 #endif
 
+// Intel's processors take as long for products of pairs as for twice as many in float, and the pairs are to be made.
+bool pairs_are_slow() {
+#if defined(RSA_X86) && defined(_MSC_VER) && !defined(__clang__)
+  int leaf0[4];
+  __cpuid(leaf0, 0);
+  return leaf0[1] == 0x756e6547;  // "Genu" of GenuineIntel
+#elif defined(RSA_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 int best_instruction_set() {
+  constexpr int PAIRS = 3;
   int best = SETS - 1;
-  while (!has(best)) --best;
+  while (!has(best) || (best == PAIRS && pairs_are_slow())) --best;
   return best;
 }
 

@@ -252,7 +252,7 @@ const Case CASES[] = {
     {"four samples", {4, 20, 7, 9, 8}, {3, 4, 2}, CHANNELS_FIRST, CHANNELS_FIRST, CHANNELS_FIRST, true, true, true, true,
      true},
     {"channels last", {1, 33, 9, 16, 15}, {3, 2}, CHANNELS_LAST, CHANNELS_LAST, EXPANDED, false, true, true, true, true},
-    {"a turned volume", {1, 20, 40, 5, 18}, {2, 4}, TURNED, CHANNELS_FIRST, EVERY_THIRD, false, false, true, true, true},
+    {"a turned volume", {1, 20, 40, 5, 54}, {2, 4}, TURNED, CHANNELS_FIRST, EVERY_THIRD, false, false, true, true, true},
     {"large matrices and their sums", {8, 102, 2, 3, 3}, {2}, CHANNELS_FIRST, CHANNELS_LAST, CHANNELS_FIRST, true, true,
      true, true, true},
     {"large maps", {3, 3, 5, 2, 60}, {4}, CHANNELS_FIRST, EVERY_THIRD, CHANNELS_FIRST, true, true, true, true, true},
