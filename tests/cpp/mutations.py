@@ -6,9 +6,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mutations import prove
 
-KERNELS, BFLOAT16, BLOCK, STORAGE, NORM, NORM_KERNELS = (
-    f"csrc/cpu/{name}"
-    for name in ("kernels.h", "kernels_bf16.h", "block.cpp", "storage.h", "norm.cpp", "norm_kernels.h")
+KERNELS, BFLOAT16, AMX = (f"csrc/cpu/{name}.h" for name in ("kernels", "kernels_bf16", "kernels_amx"))
+BLOCK, STORAGE, NORM, NORM_KERNELS = (
+    f"csrc/cpu/{name}" for name in ("block.cpp", "storage.h", "norm.cpp", "norm_kernels.h")
 )
 EXACT, BITS, SCRATCH, ROUNDED = "as_exact", "bits_do", "scratch_is_written", "rounded_as_torch"
 IS_NORM = "is_group_norm"
@@ -61,6 +61,17 @@ FAULTS = [
     ("the ReLU lets all through", NORM_KERNELS, "relu ? V::positive(value, value) : value", "value", IS_NORM),
     ("the ReLU stops no gradient", NORM_KERNELS, "if (!relu) return above;", "return above;", IS_NORM),
     ("the logits' low half is dropped", BFLOAT16, "contract_tiles<true>(", "contract_tiles<false>(", "large_logits"),
+    ("slices beyond the last are not zeroed", BFLOAT16, "pair) clear_beyond(shape, pair);", "pair) {}", SCRATCH),
+    ("subnormal numbers stay as they are", BLOCK, "before_ | FLUSH_RESULTS | FLUSH_OPERANDS", "before_", "below"),
+    ("the thread goes on without them", BLOCK, "{ _mm_setcsr(before_); }", "{}", "below"),
+    # Those below are seen on processors with AMX alone.
+    ("channels are not padded", AMX, "(channels + 2 * PAIRS - 1) / (2 * PAIRS) * (2 * PAIRS)", "panels.padded", EXACT),
+    ("the second row of tiles is the first", AMX, "load_tile<5>(left + run.left_second,", "load_tile<5>(left,", EXACT),
+    ("voxels left over are left out", AMX, "if (!over) return;", "if (over >= 0) return;", EXACT),
+    ("voxels left over are not zeroed", AMX, "(PAIRS - rows) * width * sizeof(Pair)", "0", SCRATCH),
+    ("low halves of the query are dropped", AMX, "(shape, {high, low}, room", "(shape, {high}, room", "large_logits"),
+    ("a chain begins where the last one did", AMX, "begin * squares * SQUARE, 4 * N", "0, 4 * N", EXACT),
+    ("the bias beyond C is what was there", AMX, "(panels.padded - channels) * sizeof(float)", "0", SCRATCH),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Volumes in bfloat16 with the processor's own products of pairs: as exact as eager, with maps as exact as in float."""
+"""Volumes in bfloat16 with the processor's own products of it: as exact as eager, with maps as exact as in float."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True, params=["amx", "avx512_bf16"])
 def pairs(request):
-    """Chooses the products of tiles, then of pairs; returns what chooses another instruction set; puts back what was there."""
+    """Chooses products of tiles, then of pairs; returns what chooses another instruction set; puts the old one back."""
     from rsa_kernels import cpp
 
     before = cpp.instruction_set()

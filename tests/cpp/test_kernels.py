@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,17 @@ def large_enough_for_threads(memory_format=torch.contiguous_format, dtype=torch.
     tensors = [tensor.to(dtype) for tensor in (random_volume((2, 24, 14, 22, 26)), *random_block(24))]
     tensors[0] = tensors[0].contiguous(memory_format=memory_format)
     return tensors, random_volume(tensors[0].shape, seed=2).to(dtype)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors do not take long for them")
+def test_numbers_below_2_to_the_minus_126_are_zero_for_a_pass_and_for_nothing_else(instruction_set):
+    (x, *weights), upstream = large_enough_for_threads()
+    weights[5] = torch.zeros_like(weights[5])
+    tiny = torch.full_like(x, 1e-40)
+    assert block(tiny, *weights).eq(0).all()
+    with_gradients(block, [x, *weights], upstream)
+    many = torch.full((1 << 22,), 1e-40)
+    assert (many * 1.5).ne(0).all()  # on all threads
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
