@@ -20,7 +20,7 @@ from rsa_kernels import native
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
 OLDEST_TRITON = (3, 6)
-LONE_CHANNEL_VOXELS = 1 << 18
+LONE_CHANNELS, LONE_CHANNELS_VOXELS = 6, 1 << 15
 FEW_CHANNELS = 256
 
 # In order of preference. A module is imported when it is first needed.
@@ -225,10 +225,10 @@ class Explanation:
         return "\n".join(lines + [f"{name}: {reason}" for name, reason in self.others.items()])
 
 
-def _is_a_lone_channel(channels: int, voxels: int, axes: Sequence[int]) -> str | None:
-    """Why a block of one channel is left to PyTorch where there are voxels enough to make its calls worth while."""
-    if axes and channels == 1 and voxels >= LONE_CHANNEL_VOXELS:
-        return f"fills one lane of a vector with one channel, which does not pay on {voxels} voxels"
+def _fills_few_lanes(channels: int, voxels: int, axes: Sequence[int]) -> str | None:
+    """Why a block of few channels is left to PyTorch where there are voxels enough to make its calls worth while."""
+    if axes and channels <= LONE_CHANNELS and voxels >= LONE_CHANNELS_VOXELS:
+        return f"fills {channels} of 16 lanes with channels, which does not pay on {voxels} voxels"
     return None
 
 
@@ -238,7 +238,7 @@ def choose(x: Tensor, axes: Sequence[int]) -> Explanation:
     reasons = {
         "triton": cannot_run("triton", x) or _is_not_preferred(x),
         "cuda": cannot_run("cuda", x) or _is_not_measured(x),
-        "cpp": cannot_run("cpp", x) or _is_a_lone_channel(channels, voxels, axes),
+        "cpp": cannot_run("cpp", x) or _fills_few_lanes(channels, voxels, axes),
         "torch": None,
         "reference": None,
     }

@@ -790,7 +790,7 @@ struct Scratch {
   Pair* matrices[2];
 
   static int64_t line(int64_t elements) { return (elements + N - 1) / N * N; }
-  static int64_t positions(int64_t tile) { return tile + tile / 2 + 2; }
+  static int64_t positions(int64_t tile) { return pitch(Float::longest(tile)); }
   static int64_t tile(int64_t slices, int64_t channels, int64_t tile) {
     return pair_rows(slices) * Tiles(channels).padded * positions(tile);
   }

@@ -67,7 +67,8 @@ def test_a_backend_slower_than_torch_beyond_the_spread_is_found():
 
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built, so auto cannot take it")
-def test_one_channel_of_many_voxels_is_left_to_pytorch():
+def test_few_channels_of_many_voxels_are_left_to_pytorch():
     assert chosen_here("1x1x61x67x71", "342", "float32") == "torch"
-    assert chosen_here("1x2x61x67x71", "342", "float32") == "cpp"
+    assert chosen_here("1x6x32x32x32", "342", "float32") == "torch"
+    assert chosen_here("1x8x61x67x71", "342", "float32") == "cpp"
     assert chosen_here("1x1x16x16x16", "342", "float32") == "cpp"
