@@ -180,7 +180,15 @@ class ConvPair(nn.Sequential):
         # The product of the weights is rounded once, when autocast casts it for the convolution.
         with torch.autocast(x.device.type, enabled=False):
             weight = torch.einsum("om,micde->oicde", self[1].weight[:, :, 0, 0, 0], self[0].weight)
-        if is_traced() or x.device.type != "cpu" or len(weight) > MOST_NARROW or x.shape[4] % NEIGHBOURS:
+        # In bfloat16, oneDNN 3.12 with AMX computes wrong results of a strided convolution of one slice, or to width 1.
+        if (
+            is_traced()
+            or x.device.type != "cpu"
+            or len(weight) > MOST_NARROW
+            or x.shape[2] == 1
+            or x.shape[4] % NEIGHBOURS
+            or x.shape[4] == NEIGHBOURS
+        ):
             return F.conv3d(x, weight, padding=1)
         return narrow_conv(x, weight)
 
@@ -512,8 +520,8 @@ class UpConcat(nn.Module):
             return False
         if batch * math.prod(below) < FEWEST_VOXELS or tuple(size) != tuple(2 * length for length in below):
             return False
-        if below[1] == 1:
+        if 1 in below[1:]:
             # In bfloat16, oneDNN 3.12 writes the weight's gradient of the transposed convolution of a volume of
-            # height 1 out of its bounds.
+            # height 1 out of its bounds, and with AMX computes wrong gradients of a volume of width 1.
             return False
         return type(self.up) is Upsample and self.up.ends_in_copies and getattr(self.conv, "takes_parts", False)
