@@ -1,6 +1,7 @@
 """``python -m benchmarks``: the block side by side with what a user would write or pick instead, on this machine."""
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -70,6 +71,14 @@ def line(row: dict[str, object]) -> str:
     return f"{start} " + ", ".join(words)
 
 
+def test_gpu(workers: int) -> int:
+    """The exit status of the GPU's tests; compilers take most of their time, so several processes run them."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/gpu"]
+    if workers and importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers), "--dist", "loadgroup"]
+    return subprocess.run(command, check=False).returncode
+
+
 def compile_ahead(chosen: Sequence[Case], workers: int, seconds: float) -> None:
     """Fills the compilers' caches on disk from several processes: alone, compiling would take most of a GPU's time."""
     deadline = time.monotonic() + seconds
@@ -107,7 +116,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="folder of the table (default: benchmarks/results)"
     )
-    parser.add_argument("--workers", type=int, default=8, help="processes that compile ahead on a GPU; 0: none")
+    workers = max(2, min(12, (os.cpu_count() or 2) - 2))
+    parser.add_argument(
+        "--workers", type=int, default=workers, help=f"processes that test and compile for a GPU (default: {workers})"
+    )
     arguments = parser.parse_args(argv)
     arguments.case_seconds = arguments.case_seconds or (QUICK_CASE_SECONDS if arguments.quick else CASE_SECONDS)
     return arguments
@@ -148,7 +160,7 @@ def run_on_gpu(arguments: argparse.Namespace) -> int:
     chosen = selected(cases.on_gpu(), arguments)
     status = 0
     if not arguments.quick:
-        status = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/gpu"], check=False).returncode
+        status = test_gpu(arguments.workers)
         print(f"tests/gpu: exit {status}, after {time.monotonic() - start:.0f} s", flush=True)
     if arguments.workers:
         compile_ahead(chosen, arguments.workers, COMPILING_SHARE * arguments.budget_seconds)

@@ -107,7 +107,7 @@ def on_gpu() -> list[Case]:
     """What is measured on a GPU, which is lent for minutes: the most important first."""
     half, single, formats = ["bfloat16"], ["float32"], list(FORMATS)
     main = ["narrow 32, 128", "tiny 512", "wide 256", "middle 128"]
-    return [
+    wanted = [
         *named(main, half, formats[1:]),
         *named(main, half, formats[:1]),
         *named(main[:3], single, formats[1:]),
@@ -117,3 +117,4 @@ def on_gpu() -> list[Case]:
         *single_axes(["narrow 32, 128"], "bfloat16"),
         *named([name for name in SHAPES if name != CALL], half, formats),
     ]
+    return list(dict.fromkeys(wanted))

@@ -58,11 +58,24 @@ def places(rows, offsets, vs, C: tl.constexpr):
 
 
 @triton.jit
+def nearest_tf32(x):
+    """Rounds float32 to TensorFloat-32; the matrix instructions would cut the bits off, which is biased."""
+    bits = tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x.to(tl.int32, bitcast=True)], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in the precision of ``acc``."""
-    if INTERPRETED and acc.dtype == tl.float32:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+    """``acc + a @ b`` in the precision of ``acc``; with ``PRECISION`` ``"tf32"`` of operands rounded to that."""
+    if INTERPRETED:
+        if acc.dtype == tl.float32:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+    elif PRECISION == "tf32":
+        a = nearest_tf32(a)
+        b = nearest_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 

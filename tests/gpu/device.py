@@ -12,10 +12,9 @@ import torch
 from support import random_block, random_volume, relative_error, with_gradients
 
 from benchmarks.devices import arithmetic
-from benchmarks.inputs import grade
+from benchmarks.inputs import grade, least_allowed
 from benchmarks.published import published
 from rsa_kernels import available_backends, recurrent_slice_attention
-from rsa_kernels.__main__ import FLOORS
 from rsa_kernels.backends import cannot_run
 from rsa_kernels.folding import Gradients
 
@@ -39,9 +38,11 @@ ON_DEVICE = _usable() or ["torch", "triton"]
 KERNELS = [name for name in ON_DEVICE if name != "torch"]
 
 
-def floor(dtype):
+def floor(precision):
+    """Of the errors in a precision, a name of ``DTYPES``, or in that of a dtype."""
+    name = str(precision).removeprefix("torch.")
     # Where a GPU rounds to bfloat16, Triton's interpreter truncates.
-    return FLOORS[dtype] * (4 if DRY_RUN and dtype == torch.bfloat16 else 1)
+    return least_allowed(name) * (4 if DRY_RUN and name == "bfloat16" else 1)
 
 
 def on_device(tensors, dtype):
@@ -99,7 +100,7 @@ def assert_within_budget(
         if name == "phi_bias":
             assert torch.equal(result, torch.zeros_like(result))
         else:
-            found[name] = (relative_error(result, truth), 2 * other + floor(dtype))
+            found[name] = (relative_error(result, truth), 2 * other + floor(precision))
     over = {
         name: f"{error:.1e}, at most {budget:.1e}" for name, (error, budget) in found.items() if not error <= budget
     }

@@ -1,7 +1,5 @@
 """How a block behaves among streams, devices and CUDA graphs, and that it repeats itself bit for bit."""
 
-import statistics
-import time
 from functools import partial
 
 import pytest
@@ -9,7 +7,6 @@ import torch
 from gpu.device import CHANNELS_LAST, DEVICE, DRY_RUN, KERNELS, asks_cuda, assert_same_bits, block_inputs, results_of
 from support import FORMATS, random_volume
 
-from benchmarks.cases import SHAPES
 from benchmarks.devices import capture
 from benchmarks.inputs import run
 from rsa_kernels import recurrent_slice_attention, slice_attention
@@ -162,22 +159,3 @@ def test_the_host_never_waits_for_the_device(shape, memory_format, dtype, backen
         run(block_of(backend), tensors, upstream, "no_grad")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@asks_cuda
-@pytest.mark.parametrize("case", ["tiny 512", "middle 64"])
-def test_the_host_returns_from_a_call(case, backend, capsys):
-    tensors, upstream = inputs(SHAPES[case], torch.bfloat16)
-    found = {}
-    for mode in ("no_grad", "full"):
-        run(block_of(backend), tensors, upstream, mode)
-        seconds = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            run(block_of(backend), tensors, upstream, mode)
-            seconds.append(time.perf_counter() - start)
-        found[mode] = 1e6 * statistics.median(seconds)
-    with capsys.disabled():
-        times = ", ".join(f"{mode} {microseconds:.0f} us" for mode, microseconds in found.items())
-        print(f"\nhost time of a call, {backend} on {case}: {times}")
