@@ -114,8 +114,8 @@ def _exclude(subject: Subject, device: Device, ceilings: Ceilings) -> None:
         if device.kind == "cpu" and case.dtype == "float16":
             speed = device.half_gflop_per_s()
         about = 3 * provider.flops(case) / speed / 1e9
-        if about > LONGEST_SECONDS:
-            return subject.end(SKIPPED, f"a full pass takes {about:.0f} s at the speed of a large matrix product")
+        if about > LONGEST_SECONDS[device.kind]:
+            return subject.end(SKIPPED, f"a full pass takes {about:.2g} s at the speed of a large matrix product")
     if device.kind == "cpu":
         found = memory.peaks(case, provider.name)
         if isinstance(found, tuple):
@@ -145,7 +145,12 @@ def _check(device: Device, case: Case, subjects: list[Subject]) -> None:
             if part != case:
                 subject.saved_mib *= math.prod(case.shape) / math.prod(part.shape)
             found = errors(results, truth)
-            without = errors(run(provider.block, tensors, upstream, "no_grad", axes=case.axes), truth)
+            without, seconds = _without_gradients(provider, tensors, upstream, case, truth)
+            if device.kind == "cuda" and seconds > 1:  # it may have compiled something
+                without, seconds = _without_gradients(provider, tensors, upstream, case, truth)
+            if device.kind == "cuda" and seconds > 1:
+                subject.end(SKIPPED, f"a pass without gradients takes {seconds:.1f} s")
+                continue
         except torch.OutOfMemoryError:
             subject.end(OUT_OF_MEMORY, "the device's memory is too small")
             continue
@@ -169,6 +174,14 @@ def _check(device: Device, case: Case, subjects: list[Subject]) -> None:
         if worst > limit and provider.same:
             subject.end(WRONG, f"the error is {worst:.1e}, at most {limit:.1e} may be")
             print(f"not timed, because wrong: {provider.name} on {case}: {subject.note}", flush=True)
+
+
+def _without_gradients(
+    provider: Provider, tensors: list[Tensor], upstream: Tensor, case: Case, truth: list[Tensor]
+) -> tuple[list[float], float]:
+    """The errors of a pass without gradients, and the seconds that it took."""
+    start = time.perf_counter()
+    return errors(run(provider.block, tensors, upstream, "no_grad", axes=case.axes), truth), time.perf_counter() - start
 
 
 def _saved(provider: Provider, tensors: list[Tensor], upstream: Tensor, case: Case) -> tuple[list[Tensor], float]:

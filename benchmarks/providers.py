@@ -17,8 +17,8 @@ from rsa_kernels.backends import cannot_run, choose
 EAGER, AUTOCAST, COMPILED, SDPA, NON_LOCAL = "eager", "eager autocast", "torch.compile", "sdpa", "non-local"
 RECOMPUTE = "recompute"
 # Where a full pass would take longer than this at the speed of a matrix product, it is skipped; so slow is only what
-# RSA replaces, and float16 on processors without instructions for it.
-LONGEST_SECONDS = 3.0
+# RSA replaces, and float16 on processors without instructions for it. A GPU is lent for minutes.
+LONGEST_SECONDS = {"cpu": 3.0, "cuda": 0.05}
 
 Block = Callable[..., Tensor]
 

@@ -52,14 +52,16 @@ def fold(theta_weight: Tensor, theta_bias: Tensor, phi_weight: Tensor, scale: fl
     Returns:
         ``M`` ``(C, C)`` and ``u`` ``(C,)``, with the scale inside: ``Q' = M^T X + u``.
     """
-    return scale * (theta_weight.T @ phi_weight), scale * (phi_weight.T @ theta_bias)
+    m, u = theta_weight.T @ phi_weight, phi_weight.T @ theta_bias
+    return (m, u) if scale == 1 else (scale * m, scale * u)
 
 
 def fold_backward(
     grad_m: Tensor, grad_u: Tensor, theta_weight: Tensor, theta_bias: Tensor, phi_weight: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``theta_weight``, ``theta_bias`` and ``phi_weight`` from those of ``M`` and ``u``."""
-    grad_m, grad_u = scale * grad_m, scale * grad_u
+    if scale != 1:
+        grad_m, grad_u = scale * grad_m, scale * grad_u
     grad_theta_weight = phi_weight @ grad_m.T
     grad_phi_weight = theta_weight @ grad_m + torch.outer(theta_bias, grad_u)
     return grad_theta_weight, phi_weight @ grad_u, grad_phi_weight

@@ -1,8 +1,8 @@
 """The ``triton`` backend: the kernels in the order that a block needs them.
 
 A step forward is three launches in the narrow regime (map, softmax, mix), four in the wide one (a product for query and
-value, two where they would not be aligned; contraction, softmax, mix), three for few slices (the softmax goes into the
-mix). Nothing here waits for the device. See :mod:`rsa_kernels.ops` for the contract that all backends keep.
+value, two where they would not be aligned; contraction, softmax, mix). Nothing here waits for the device. See
+:mod:`rsa_kernels.ops` for the contract that all backends keep.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rsa_kernels.folding import Gradients, Projections, accumulation_dtype, fold, fold_backward
+from rsa_kernels.folding import Gradients, Projections, accumulation_dtype, fold_backward
 from rsa_kernels.triton import maps, narrow, tuning, wide
 from rsa_kernels.triton.launch import INTERPRETED, OnDevice, bind
 from rsa_kernels.triton.tuning import Tiling
@@ -20,13 +20,14 @@ from rsa_kernels.triton.volumes import ALIGNMENT, Geometry, empty_packed, geomet
 
 # A program that walks chunks should have some, or its share of a partial map costs more than it saves.
 CHUNKS_PER_PROGRAM = 2
-# Elements that a program on a map's rows looks at together.
-ROW_ELEMENTS = 4096
+# Elements of partial results that a program loads together: they wait for memory at once, not one behind the other.
+ROW_ELEMENTS = 8192
 # Half precision ends at 65504, and the folded query, a product with two weights, can be larger than either alone: it is
 # rounded as many times smaller, and the logits, which are float32, are as many times larger again.
 HALF_SHRINK = 2.0**-8
-# Side of the tiles that the weights are folded in.
-FOLD_TILE = 16
+# Side of the tiles that the weights are folded in, of few channels and of many.
+FOLD_TILES = (16, 32)
+FOLD_MANY = 128
 
 
 class Cut(NamedTuple):
@@ -53,7 +54,7 @@ def cut(geometry: Geometry, tiling: Tiling, channels: int, batch: int, blocks: i
 
 def parts_at_once(elements: int) -> int:
     """How many parts of so many elements a program sums at a time."""
-    return max(1, min(64, ROW_ELEMENTS // elements))
+    return max(1, min(128, ROW_ELEMENTS // elements))
 
 
 def rows_of(volume: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def _row(volume: Tensor) -> int:
 
 
 class Folded(NamedTuple):
-    """Block-diagonal weights of ``K`` columns; see :func:`rsa_kernels.triton.narrow.fold_kernel`."""
+    """Weights as kernels or products read them; see :func:`rsa_kernels.triton.narrow.fold_kernel`."""
 
     matrices: Tensor
     vectors: Tensor
@@ -167,17 +168,20 @@ class Machine:
 
     # Narrow --------------------------------------------------------------------------------------------------------
 
-    def fold(self, weights: Projections, columns: int) -> Folded:
-        """Block-diagonal weights."""
-        folded = Folded(self.empty(3, columns, columns, dtype=self.dtype), self.empty(2, columns))
+    def fold(self, weights: Projections, columns: int | None = None) -> Folded:
+        """Block-diagonal weights of so many columns; without columns M and W side by side, ``(C, 2 C)``."""
+        side_by_side = columns is None
+        columns = columns or self.channels
+        shape = (columns, 2 * columns) if side_by_side else (3, columns, columns)
+        folded = Folded(self.empty(*shape, dtype=self.dtype), self.empty(2, columns))
         theta_weight, theta_bias, phi_weight, _, g_weight, g_bias = weights
-        tile = columns if INTERPRETED else FOLD_TILE
+        tile = max(16, tuning.bucket(columns)) if INTERPRETED else FOLD_TILES[columns > FOLD_MANY]
         self.launch(
             narrow.fold_kernel,
-            (columns // tile) ** 2,
+            (-(-columns // tile)) ** 2,
             (4, 1),
             (theta_weight, theta_bias, phi_weight, g_weight, g_bias, *folded),
-            *(self.channels, columns // self.channels, columns, tile),
+            *(self.channels, columns // self.channels, columns, tile, side_by_side),
         )
         return folded
 
@@ -293,7 +297,7 @@ class Machine:
             -(-self.channels // rows) if matrix else 1,
             (4, 1),
             (*sums, betas, total, total_vector, step, parts),
-            *(self.channels, columns // self.channels, columns, width, rows, parts_at_once(2 * width), matrix, scaled),
+            *(self.channels, columns // self.channels, columns, width, rows, parts_at_once(width), matrix, scaled),
         )
 
     # Wide ----------------------------------------------------------------------------------------------------------
@@ -346,33 +350,6 @@ class Machine:
             *(transposed, base is not None, rank_one is not None, _row(volume), _row(out), self.precision),
         )
 
-    def softmax_mix(
-        self,
-        partial: Tensor,
-        value: Tensor,
-        base: tuple[Tensor, Tensor, int],
-        out: Tensor,
-        geometry: Geometry,
-        tiling: Tiling,
-    ) -> Tensor:
-        """Softmax and ``out = x + beta A value`` in one launch; returns the map."""
-        maps_to_sum, padded = partial.shape[1:3]
-        made = cut(geometry, tiling, self.channels, self.batch, 1, self.processors)
-        attention = self.empty(self.batch, geometry.slices, geometry.slices)
-        x, betas, step = base
-        self.launch(
-            wide.softmax_mix_kernel,
-            made.parts * self.batch,
-            (tiling.warps, tiling.stages),
-            (
-                *(partial, attention, value, x, betas, out),
-                *(step, geometry.slices, geometry.inner, made.chunks, maps_to_sum, made.parts, *geometry.strides),
-            ),
-            *(self.channels, made.channels, made.places, tiling.columns, padded, parts_at_once(padded**2 // 2)),
-            *(_row(value), self.precision),
-        )
-        return attention
-
 
 class Weights:
     """The weights of a block as the steps need them, each form made at its first use.
@@ -392,8 +369,7 @@ class Weights:
         self.logit_betas = self.betas if scale == 1 else self.betas.to(machine.precise) * scale
         self._machine = machine
         self._narrow: dict[int, Folded] = {}
-        self._wide: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._both: tuple[Tensor, Tensor] | None = None
+        self._wide: tuple[Folded, Tensor] | None = None
 
     def narrow(self, columns: int) -> Folded:
         """Block-diagonal, for tiles of so many columns."""
@@ -401,28 +377,34 @@ class Weights:
             self._narrow[columns] = self._machine.fold(self.published, columns)
         return self._narrow[columns]
 
-    def wide(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``M``, ``u``, ``Wv`` and ``bv`` in the dtype of the volumes."""
+    def wide(self) -> tuple[Folded, Tensor]:
+        """``M`` and ``W`` side by side, with ``u`` and ``b``; and these two in the dtype of the volumes."""
         if self._wide is None:
-            precise = (weight.to(self._machine.precise) for weight in self.published)
-            theta_weight, theta_bias, phi_weight, _, g_weight, g_bias = precise
-            folded = (*fold(theta_weight, theta_bias, phi_weight, 1.0), g_weight, g_bias)
-            self._wide = tuple(weight.to(self._machine.dtype) for weight in folded)
+            folded = self._machine.fold(self.published)
+            self._wide = folded, folded.vectors.to(self._machine.dtype)
         return self._wide
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """``M`` and ``W``, ``(C, C)`` in the dtype of the volumes."""
+        matrices = self.wide()[0].matrices
+        channels = len(matrices)
+        return matrices[:, :channels], matrices[:, channels:]
+
+    def value(self, rows: Tensor) -> Tensor:
+        """Value of voxels ``(V, C)``."""
+        return torch.addmm(self.wide()[1][1], rows, self.matrices()[1])
 
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Query, ``shrink`` times smaller, and value of voxels ``(V, C)``.
 
         They come of one product where both then start aligned: the voxels are read once.
         """
-        m, u, g_weight, g_bias = self.wide()
+        folded, biases = self.wide()
         channels, shrink = rows.shape[1], self._machine.shrink
         if shrink != 1 or channels * rows.element_size() % ALIGNMENT:
-            query = torch.addmm(u, rows, m, alpha=shrink, beta=shrink)
-            return query, torch.addmm(g_bias, rows, g_weight.T)
-        if self._both is None:
-            self._both = torch.cat((u, g_bias)), torch.cat((m, g_weight.T), 1)
-        both = torch.addmm(self._both[0], rows, self._both[1])
+            query = torch.addmm(biases[0], rows, self.matrices()[0], alpha=shrink, beta=shrink)
+            return query, self.value(rows)
+        both = torch.addmm(biases.view(-1), rows, folded.matrices)
         return both[:, :channels], both[:, channels:]
 
 
@@ -446,9 +428,6 @@ def _forward_step(
     base = (x, weights.betas, step)
     query, value = weights.project(rows_of(x))
     partial = _scaled(machine.contract(query, x, shape, machine.shrink), weights.scale)
-    tiling = machine.tiling("softmax_mix", shape)
-    if tiling:
-        return target, machine.softmax_mix(partial, value, base, target, shape, tiling)
     attention, rounded = machine.softmax(partial, shape.slices)
     machine.mix(rounded, value, target, shape, base=base)
     return target, attention
@@ -463,8 +442,7 @@ def _remix(machine: Machine, weights: Weights, step: int, x: Tensor, attention: 
         rounded = machine.round(attention, tiling)
         machine.narrow_mix(x, rounded, weights.narrow(tiling.columns), weights.betas, step, out, shape, tiling)
     else:
-        _, _, g_weight, g_bias = weights.wide()
-        value = torch.addmm(g_bias, rows_of(x), g_weight.T)
+        value = weights.value(rows_of(x))
         machine.mix(machine.round(attention), value, out, shape, base=(x, weights.betas, step))
     return out
 
@@ -551,9 +529,10 @@ def _narrow_backward(
 def _wide_backward(machine: Machine, weights: Weights, totals: Totals, step: Step) -> None:
     index, grad, x, attention, shape, grad_x, need_folded, need_value = step
     betas = weights.betas
-    m, u, g_weight, _ = weights.wide()
+    u = weights.wide()[0].vectors[0]
+    m, w = weights.matrices()
     rows, grad_rows = rows_of(x), rows_of(grad)
-    projected = grad_rows @ g_weight
+    projected = grad_rows @ w.T
     partial = machine.contract(projected, x, shape)
     grad_logits, row_dots = machine.softmax_backward(partial, attention, weights.logit_betas, index)
     totals.row_dots.append(row_dots)

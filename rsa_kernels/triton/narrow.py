@@ -27,13 +27,17 @@ def fold_kernel(
     PB: tl.constexpr,
     K: tl.constexpr,
     T: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
 ):
     """The block-diagonal weights from the published ones: one program per ``T x T`` tile of ``(K, K)``.
 
     ``matrices`` ``(3, K, K)``, in the dtype of the volumes, holds M, what rounding took from it, and W; ``vectors``
-    ``(2, K)``, not rounded, u and b. The other kernels take both as they are.
+    ``(2, K)``, not rounded, u and b. The other kernels of this module take both as they are. With ``SIDE_BY_SIDE``
+    ``matrices`` is ``(K, 2 K)``, M and W, for products of the library.
     """
-    tiles: tl.constexpr = K // T
+    tiles: tl.constexpr = (K + T - 1) // T
+    ROW: tl.constexpr = 2 * K if SIDE_BY_SIDE else K
+    W_FROM: tl.constexpr = K if SIDE_BY_SIDE else 2 * K * K
     row = tl.program_id(0) // tiles * T + tl.arange(0, T)
     column = tl.program_id(0) % tiles * T + tl.arange(0, T)
     row_exists = row < PB * C
@@ -50,20 +54,23 @@ def fold_kernel(
         right = tl.load(
             phi + o[:, None] * C + column[None, :] % C, mask=o_exists[:, None] & column_exists[None, :], other=0.0
         ).to(dtype)
-        bias = tl.load(theta_bias + o, mask=o_exists, other=0.0).to(dtype)
+        left_bias = tl.load(theta_bias + o, mask=o_exists, other=0.0).to(dtype)
         folded = dot(tl.trans(left), right, folded, "ieee")
-        folded_bias += tl.sum(right * bias[:, None], 0)
+        folded_bias += tl.sum(right * left_bias[:, None], 0)
     same_place = (row[:, None] // C == column[None, :] // C) & row_exists[:, None] & column_exists[None, :]
     folded = tl.where(same_place, folded, 0.0)
     value = tl.load(g + (column[None, :] % C) * C + row[:, None] % C, mask=same_place, other=0.0).to(dtype)
     high = folded.to(matrices.dtype.element_ty)
-    place = row[:, None] * K + column[None, :]
-    tl.store(matrices + place, high)
-    tl.store(matrices + K * K + place, (folded - high.to(dtype)).to(high.dtype))
-    tl.store(matrices + 2 * K * K + place, value.to(high.dtype))
+    place = row[:, None] * ROW + column[None, :]
+    inside = (row[:, None] < K) & (column[None, :] < K)
+    tl.store(matrices + place, high, mask=inside)
+    tl.store(matrices + W_FROM + place, value.to(high.dtype), mask=inside)
+    if not SIDE_BY_SIDE:
+        tl.store(matrices + K * K + place, (folded - high.to(dtype)).to(high.dtype), mask=inside)
     if tl.program_id(0) < tiles:
-        tl.store(vectors + column, tl.where(column_exists, folded_bias, 0.0))
-        tl.store(vectors + K + column, tl.load(g_bias + column % C, mask=column_exists, other=0.0).to(dtype))
+        tl.store(vectors + column, tl.where(column_exists, folded_bias, 0.0), mask=column < K)
+        bias = tl.load(g_bias + column % C, mask=column_exists, other=0.0).to(dtype)
+        tl.store(vectors + K + column, bias, mask=column < K)
 
 
 @kernel()

@@ -41,7 +41,7 @@ def candidates(kernel: str, now: Tiling, slices: int, channels: int) -> Iterator
     padded, width = tuning.bucket(slices), tuning.bucket(channels)
     narrow = kernel in tuning.NARROW_KERNELS
     yield "columns", [size for size in (16, 32, 64, 128) if not narrow or size >= width]
-    if "backward" not in kernel and kernel != "softmax_mix":
+    if "backward" not in kernel:
         yield "rows", [size for size in (16, 32, 64, 128) if size <= padded]
     for field, values in CHOICES.items():
         if kernel != "mix_slices" or field != "programs":  # there each program has one tile
@@ -57,7 +57,7 @@ def kernels_of(arch: str, kind: str, slices: int, channels: int) -> Iterator[tup
     if served("map", "mix"):
         yield from (("map", False), ("mix", False))
     else:
-        yield from (("contract", False), ("softmax_mix" if served("softmax_mix") else "mix_slices", False))
+        yield from (("contract", False), ("mix_slices", False))
     if served("map_backward", "mix_backward"):
         yield from (("map_backward", True), ("mix_backward", True))
     else:

@@ -17,7 +17,7 @@ from rsa_kernels.triton.launch import INTERPRETED
 
 ENVIRONMENT_VARIABLE = "RSA_KERNELS_TRITON_TABLE"
 NARROW_KERNELS = ("map", "mix", "map_backward", "mix_backward")
-WIDE_KERNELS = ("contract", "mix_slices", "softmax_mix")
+WIDE_KERNELS = ("contract", "mix_slices")
 # Arithmetic: 16-bit tensor cores, TensorFloat-32, IEEE float32, float64.
 KINDS = ("half", "tf32", "float", "double")
 
@@ -140,21 +140,21 @@ _SM_90 = {
     ("map", 16): (Tiling(64, 16, 4, 3, 3, True), Tiling(64, 16, 4, 3, 3, True), Tiling(128, 16, 4, 3, 2)),
     ("map", 32): (Tiling(64, 32, 4, 3, 3, True), Tiling(64, 32, 4, 3, 3, True), Tiling(128, 64, 8, 3)),
     ("map", 64): (Tiling(32, 64, 4, 3, 4, True), Tiling(64, 64, 8, 3, 2), Tiling(128, 64, 8, 3)),
-    ("map", 128): (Tiling(32, 128, 8, 3, 2), Tiling(64, 128, 8, 3), Tiling(128, 128, 8, 3)),
+    ("map", 128): (Tiling(64, 128, 8, 4), Tiling(64, 128, 8, 4), Tiling(128, 128, 8, 3)),
     ("map", 256): (Tiling(32, 128, 8, 2), Tiling(64, 128, 8, 2), None),
     ("mix", 16): (Tiling(64, 16, 4, 3, 6), Tiling(64, 16, 4, 3, 6), Tiling(128, 16, 4, 3, 4)),
     ("mix", 32): (Tiling(64, 32, 4, 3, 4), Tiling(64, 32, 4, 3, 4), Tiling(128, 64, 8, 3)),
     ("mix", 64): (Tiling(64, 64, 4, 3, 4), Tiling(64, 64, 4, 3, 4), Tiling(128, 64, 8, 3)),
-    ("mix", 128): (Tiling(32, 128, 8, 3, 3), Tiling(64, 128, 8, 3, 2), Tiling(128, 128, 8, 3)),
+    ("mix", 128): (Tiling(64, 128, 8, 4), Tiling(64, 128, 8, 3, 2), Tiling(128, 128, 8, 3)),
     ("mix", 256): (Tiling(32, 128, 8, 2, 2), Tiling(64, 128, 8, 2), None),
     ("map_backward", 16): (Tiling(64, 16, 4, 2, 4), Tiling(64, 16, 4, 2, 4), Tiling(128, 16, 8, 2)),
     ("map_backward", 32): (Tiling(64, 32, 4, 2, 4), Tiling(64, 32, 4, 2, 4), Tiling(128, 32, 8, 2)),
     ("map_backward", 64): (Tiling(64, 64, 4, 2, 2), Tiling(64, 64, 4, 2, 2), None),
-    ("map_backward", 128): (Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2), None),
+    ("map_backward", 128): (Tiling(64, 128, 8, 4), Tiling(64, 128, 8, 4), None),
     ("mix_backward", 16): (Tiling(64, 16, 4, 2, 3), Tiling(64, 16, 4, 2, 3), Tiling(128, 16, 8, 2)),
     ("mix_backward", 32): (Tiling(64, 32, 4, 2, 2), Tiling(64, 32, 4, 2, 2), Tiling(128, 32, 8, 2)),
     ("mix_backward", 64): (Tiling(32, 64, 4, 2, 3), Tiling(64, 64, 4, 3, 2), None),
-    ("mix_backward", 128): (Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2), None),
+    ("mix_backward", 128): (Tiling(64, 128, 8, 4), Tiling(64, 128, 8, 4), None),
 }
 _SM_100 = {
     ("map", 16): (Tiling(64, 16, 4, 3, 3, True), Tiling(64, 16, 4, 3, 3, True), Tiling(128, 16, 4, 3, 2)),
@@ -187,9 +187,7 @@ def _narrow(kernel: str, arch: str, kind: str, padded: int, width: int) -> Tilin
     return by_width[max(0, width.bit_length() - 6)]
 
 
-def _wide(kernel: str, arch: str, kind: str, padded: int, aligned: bool) -> Tiling | None:
-    if kernel == "softmax_mix" and padded > 32:
-        return None
+def _wide(kernel: str, arch: str, kind: str, padded: int, aligned: bool) -> Tiling:
     columns = {"half": 64, "tf32": 32, "float": 32, "double": 16}[kind]
     rows = min(padded, {"half": 128 if aligned else 32, "tf32": 64, "float": 64, "double": 16}[kind])
     if arch == "sm_100" and kernel == "mix_slices":
@@ -237,7 +235,7 @@ def _checked(arch: str, name: str, entry: Tiling | None) -> Tiling | None:
     if not known or name != key(kernel, arithmetic, int(slices), int(channels)):
         raise ValueError(f"there is no entry {name}")
     if entry is None:
-        if kernel in ("contract", "mix_slices"):
+        if kernel in WIDE_KERNELS:
             raise ValueError(f"{name} serves where nothing else does, and cannot be null")
         return None
     # A narrow tile holds all channels, and backward all slices; a wide one no more slices than there are.

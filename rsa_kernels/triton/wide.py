@@ -7,8 +7,7 @@ They serve any number of slices and channels: the map is cut into blocks of ``BI
 import triton
 import triton.language as tl
 
-from rsa_kernels.triton.maps import softmax_rows, sum_partial
-from rsa_kernels.triton.tiles import dot, kernel, places, product
+from rsa_kernels.triton.tiles import dot, kernel, places
 
 
 @triton.jit
@@ -157,54 +156,3 @@ def mix_kernel(
         total.to(out.dtype.element_ty),
         mask=(i[:, None] < slices) & exists[None, :],
     )
-
-
-@kernel("betas")
-def softmax_mix_kernel(
-    partial,
-    attention,
-    value,
-    base,
-    betas,
-    out,
-    step: tl.int32,
-    slices: tl.int32,
-    P2: tl.int32,
-    chunks: tl.int32,
-    maps: tl.int32,
-    parts: tl.int32,
-    vn: tl.int64,
-    vs: tl.int64,
-    v1: tl.int64,
-    v2: tl.int64,
-    C: tl.constexpr,
-    BC: tl.constexpr,
-    PB: tl.constexpr,
-    K: tl.constexpr,
-    SP: tl.constexpr,
-    NQ: tl.constexpr,
-    VALUE_ROW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """For few slices: sums the partial logits, takes the softmax, and mixes: ``out = base + beta * A value``.
-
-    Every program makes the whole small map from the ``maps`` partial ones, the same bits each, which costs less than
-    one more launch; the first of a sample writes it to ``attention`` ``(N, S, S)``.
-    """
-    part = tl.program_id(0) % parts
-    n = (tl.program_id(0) // parts).to(tl.int64)
-    s = tl.arange(0, SP)
-    inside = (s[:, None] < slices) & (s[None, :] < slices)
-    logits = sum_partial(partial, n, s, s, inside, maps, SP, NQ)
-    weights = softmax_rows(logits, s, inside, slices)
-    if part == 0:
-        tl.store(attention + (n * slices + s[:, None]) * slices + s[None, :], weights, mask=inside)
-    mixing = weights.to(out.dtype.element_ty)
-    scale = tl.load(betas + step).to(weights.dtype)
-    for chunk in range(part, chunks, parts):
-        start, offsets, channel, exists = place_columns(chunk, P2, v1, v2, C, BC, PB, K)
-        tile = load_tile(value + n * vn * VALUE_ROW, start, offsets, channel, exists, s, slices, vs, VALUE_ROW)
-        rest = load_tile(base + n * vn * C, start, offsets, channel, exists, s, slices, vs, C)
-        total = rest.to(weights.dtype) + scale * product(mixing, tile, weights, PRECISION)
-        entries = (start + places(s, offsets, vs, 1)) * C + channel[None, :]
-        tl.store(out + n * vn * C + entries, total.to(rest.dtype), mask=(s[:, None] < slices) & exists[None, :])

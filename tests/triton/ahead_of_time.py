@@ -42,7 +42,7 @@ DTYPES["fp64"] = torch.float64
 OPERATION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9a-z._]+)", re.MULTILINE)
 MATRIX = ("HMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
 PRODUCTS = {"narrow.map", "narrow.mix", "narrow.map_backward", "narrow.mix_backward"}
-PRODUCTS |= {"wide.contract", "wide.mix", "wide.softmax_mix"}
+PRODUCTS |= {"wide.contract", "wide.mix"}
 
 
 def launches(arch, dtype_name):

@@ -26,21 +26,13 @@ from rsa_kernels.triton import block, launch, tuning, volumes
 from rsa_kernels.triton.volumes import Geometry
 
 FLOORS = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-REGIMES = ["narrow", "wide", "wide, softmax alone"]
 
 
-@pytest.fixture(params=REGIMES)
+@pytest.fixture(params=["narrow", "wide"])
 def regime(request, monkeypatch):
     """Makes the launch table choose one family of kernels wherever it can."""
-    find_wide = tuning._wide
-
-    def without_fused_softmax(kernel, *arguments):
-        return None if kernel == "softmax_mix" else find_wide(kernel, *arguments)
-
-    if request.param != "narrow":
+    if request.param == "wide":
         monkeypatch.setattr(tuning, "_narrow", lambda *arguments: None)
-    if request.param == "wide, softmax alone":
-        monkeypatch.setattr(tuning, "_wide", without_fused_softmax)
     tuning.tiling.cache_clear()
     yield request.param
     tuning.tiling.cache_clear()
@@ -104,11 +96,9 @@ def test_each_regime_runs_its_own_kernels(regime, monkeypatch):
     recurrent_slice_attention(x, *weights, backend="triton")
     a_step = {
         "narrow": ["narrow.map_kernel", "maps.softmax_kernel", "narrow.mix_kernel"],
-        "wide": ["wide.contract_kernel", "wide.softmax_mix_kernel"],
-        "wide, softmax alone": ["wide.contract_kernel", "maps.softmax_kernel", "wide.mix_kernel"],
+        "wide": ["wide.contract_kernel", "maps.softmax_kernel", "wide.mix_kernel"],
     }[regime]
-    # The weights are folded by a kernel in the narrow regime, and by the library in the wide one.
-    assert names == ["narrow.fold_kernel"] * (regime == "narrow") + 3 * a_step
+    assert names == ["narrow.fold_kernel"] + 3 * a_step
 
 
 @pytest.mark.parametrize("dtype", FLOORS)

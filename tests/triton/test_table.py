@@ -67,12 +67,11 @@ def test_the_regimes_are_chosen_where_they_serve():
             assert narrow <= kernels((1, channels, slices, 2, 3))
     assert {"narrow.map", "wide.mix"} <= kernels((1, 32, 192, 2, 3))  # forward narrow, backward wide
     assert kernels((1, 256, 32, 2, 3)).isdisjoint(narrow)
-    assert "wide.softmax_mix" in kernels((1, 512, 10, 2, 3))
     assert kernels((1, 32, 64, 2, 3), torch.float32).isdisjoint(narrow)
     assert kernels((1, 32, 64, 2, 3), arch="hip").isdisjoint(narrow)
 
 
-def test_a_step_forward_is_three_launches_narrow_and_two_beside_a_product_for_few_slices():
+def test_a_step_forward_is_three_launches_and_in_the_wide_regime_a_product_besides():
     from rsa_kernels.triton import block
 
     def forward(shape):
@@ -86,7 +85,10 @@ def test_a_step_forward_is_three_launches_narrow_and_two_beside_a_product_for_fe
         *("narrow.fold", "narrow.map", "maps.softmax", "narrow.mix"),
         *("narrow.map", "maps.softmax", "narrow.mix") * 2,
     ]
-    assert forward((1, 512, 10, 14, 10)) == ["wide.contract", "wide.softmax_mix"] * 3
+    assert forward((1, 512, 10, 14, 10)) == [
+        *("narrow.fold", "wide.contract", "maps.softmax", "wide.mix"),
+        *("wide.contract", "maps.softmax", "wide.mix") * 2,
+    ]
 
 
 @pytest.mark.parametrize("channels", [32, 256])
@@ -186,7 +188,7 @@ def test_tuning_finds_what_is_faster_and_leaves_the_rest(tmp_path, monkeypatch):
 )
 def test_tuning_tunes_what_a_block_launches(shape, dtype):
     made = set(names(launches("sm_90", shape, (2,), dtype)))
-    table_names = {"wide.mix": "mix_slices", "wide.softmax_mix": "softmax_mix", "wide.contract": "contract"}
+    table_names = {"wide.mix": "mix_slices", "wide.contract": "contract"}
     launched = {table_names.get(name, name.removeprefix("narrow.")) for name in made}
     tuned = {kernel for kernel, _ in tune.kernels_of("sm_90", tuning.kind(dtype), shape[2], shape[1])}
     assert tuned == launched & set(tuning.NARROW_KERNELS + tuning.WIDE_KERNELS)
