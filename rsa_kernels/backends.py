@@ -22,6 +22,7 @@ ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
 OLDEST_TRITON = (3, 6)
 LONE_CHANNELS, LONE_CHANNELS_VOXELS = 6, 1 << 15
 FEW_CHANNELS = 256
+FLOAT32_CHANNELS, FLOAT32_VOXELS = 64, 1 << 20
 
 # In order of preference. A module is imported when it is first needed.
 _MODULES = {
@@ -141,22 +142,31 @@ def cannot_run(name: str, x: Tensor) -> str | None:
     return _gpu_is_too_old(x.device.index)
 
 
+def allows_tf32() -> bool:
+    """Whether products of float32 on a GPU may round their operands to TensorFloat-32."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # torch refuses the question where its two kinds of settings were mixed
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _is_at_its_best_in_the_library(x: Tensor) -> str | None:
+    """Why no kernels of ours are chosen on a GPU for a dtype, in a sentence; None if they are."""
+    if x.dtype == torch.float64:
+        return "is not measured against the library's float64 products: ask for it by its name"
+    few, many = x.shape[1] <= FLOAT32_CHANNELS, x.numel() // x.shape[1] >= FLOAT32_VOXELS
+    if x.dtype == torch.float32 and few and many and not allows_tf32():
+        return "is no faster than the library's products of float32: allow TensorFloat-32, or use bfloat16"
+    return None
+
+
 def _is_not_preferred(x: Tensor) -> str | None:
     """Why ``auto`` does not take Triton where it can run, in a sentence; None if it does."""
     if interpreted():
         return "is interpreted here, which is for tests: unset TRITON_INTERPRET"
     if torch.version.hip:
         return "is not tested on AMD GPUs: ask for it by its name"
-    if x.dtype == torch.float64:
-        return "is not measured against the library's float64 products: ask for it by its name"
-    return None
-
-
-def _is_not_measured(x: Tensor) -> str | None:
-    """Why ``auto`` does not take the CUDA extension where it can run, in a sentence; None if it does."""
-    if x.dtype == torch.float64:
-        return "is not measured against the library's float64 products: ask for it by its name"
-    return None
+    return _is_at_its_best_in_the_library(x)
 
 
 def known(name: object, source: str = "backend") -> str:
@@ -232,13 +242,26 @@ def _fills_few_lanes(channels: int, voxels: int, axes: Sequence[int]) -> str | N
     return None
 
 
+@lru_cache(maxsize=1)
+def _has_tiles() -> bool:
+    """Whether the processor has AMX: Intel's, where PyTorch's float32 products are at their best."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _reads_pages_for_lines(x: Tensor, axes: Sequence[int]) -> str | None:
+    """Why one step along depth is left to PyTorch where its products are fast enough; the other axes win that back."""
+    if list(axes) == [2] and x.dtype == torch.float32 and x.stride(1) != 1 and _has_tiles():
+        return "is no faster in one step along depth, for slices far apart in memory, on a processor with AMX"
+    return None
+
+
 def choose(x: Tensor, axes: Sequence[int]) -> Explanation:
     """The backend for a volume, by rules that the benchmarks justify; without axes, for attention alone."""
     channels, voxels = x.shape[1], x.numel() // x.shape[1]
     reasons = {
         "triton": cannot_run("triton", x) or _is_not_preferred(x),
-        "cuda": cannot_run("cuda", x) or _is_not_measured(x),
-        "cpp": cannot_run("cpp", x) or _fills_few_lanes(channels, voxels, axes),
+        "cuda": cannot_run("cuda", x) or _is_at_its_best_in_the_library(x),
+        "cpp": cannot_run("cpp", x) or _fills_few_lanes(channels, voxels, axes) or _reads_pages_for_lines(x, axes),
         "torch": None,
         "reference": None,
     }

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rsa_kernels.backends import allows_tf32
 from rsa_kernels.folding import Gradients, Projections, accumulation_dtype, fold, fold_backward
 
 operators = torch.ops.rsa_kernels_cuda
@@ -37,13 +38,6 @@ def _padded(slices: int) -> int:
 def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes a tensor's device current, for the library's products and for room."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _allows_tf32() -> bool:
-    try:
-        return torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # torch refuses the question where its two kinds of settings were mixed
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 # Volumes (N, D, H, W, C), "packed": dense and aligned ----------------------------------------------------------------
@@ -100,7 +94,7 @@ class Machine:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.precise = accumulation_dtype(dtype)
-        self.tf32 = dtype == torch.float32 and _allows_tf32()
+        self.tf32 = dtype == torch.float32 and allows_tf32()
         self.shrink = HALF_SHRINK if dtype == torch.float16 else 1.0
 
     def _map(self, like: Tensor) -> Tensor:

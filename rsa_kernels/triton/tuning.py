@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from rsa_kernels.backends import allows_tf32
 from rsa_kernels.triton.launch import INTERPRETED
 
 ENVIRONMENT_VARIABLE = "RSA_KERNELS_TRITON_TABLE"
@@ -74,15 +75,8 @@ def kind(dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "double"
     if dtype == torch.float32:
-        return "tf32" if _allows_tf32() else "float"
+        return "tf32" if allows_tf32() else "float"
     return "half"
-
-
-def _allows_tf32() -> bool:
-    try:
-        return torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # torch refuses the question where its two kinds of settings were mixed
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def key(kernel: str, kind: str, slices: int, channels: int) -> str:

@@ -7,8 +7,10 @@ import torch
 from support import BACKENDS
 
 from benchmarks.cases import DTYPES
+from benchmarks.devices import arithmetic
 from benchmarks.rows import block_paths, read
 from benchmarks.table import MEASURED
+from rsa_kernels import backends
 from rsa_kernels.backends import choose
 
 WHAT = ("threads", "case", "shape", "axes", "dtype", "format", "mode")
@@ -31,6 +33,22 @@ def slower_than_torch(rows, choose_backend):
 def chosen_here(shape, axes, dtype):
     sizes = [int(size) for size in shape.split("x")]
     return choose(torch.empty(1, dtype=DTYPES[dtype][0]).expand(sizes), [int(axis) for axis in axes]).backend
+
+
+@pytest.mark.parametrize("path", [path for path in block_paths() if "nvidia" in path.name], ids=lambda path: path.stem)
+def test_auto_takes_nothing_on_a_gpu_that_the_rows_show_slower_than_torch(path, monkeypatch):
+    monkeypatch.setattr(backends, "cannot_run", lambda name, x: "is for a CPU" if name == "cpp" else None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def chosen(shape, axes, dtype):
+        with arithmetic(dtype):
+            return chosen_here(shape, axes, dtype)
+
+    rows = read(path)
+    assert sum(row["provider"] == "torch" and row["status"] == MEASURED for row in rows) >= 8
+    assert slower_than_torch(rows, chosen) == []
+    assert chosen("1x32x64x64x64", "342", "bfloat16") == "triton"
+    assert chosen("1x32x128x128x128", "342", "tf32") == "triton"
 
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built, so auto cannot take it")
@@ -64,6 +82,18 @@ def test_a_backend_slower_than_torch_beyond_the_spread_is_found():
     (found,) = slower_than_torch(rows, lambda *what: "cpp")
     assert (found[0], found[-1]) == ("cpp", "full")
     assert slower_than_torch(rows, lambda *what: "torch") == []
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built, so auto cannot take it")
+@pytest.mark.parametrize("tiles", [False, True])
+def test_one_step_along_depth_is_left_to_pytorch_where_its_products_are_fast(tiles, monkeypatch):
+    monkeypatch.setattr(backends, "_has_tiles", lambda: tiles)
+    assert chosen_here("1x32x64x64x64", "2", "float32") == ("torch" if tiles else "cpp")
+    assert chosen_here("1x32x64x64x64", "2", "bfloat16") == "cpp"
+    assert chosen_here("1x32x64x64x64", "3", "float32") == "cpp"
+    assert chosen_here("1x32x64x64x64", "342", "float32") == "cpp"
+    volume = torch.empty(1, 32, 8, 8, 8).contiguous(memory_format=torch.channels_last_3d)
+    assert choose(volume, [2]).backend == "cpp"
 
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built, so auto cannot take it")
