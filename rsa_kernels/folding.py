@@ -63,5 +63,5 @@ def fold_backward(
     if scale != 1:
         grad_m, grad_u = scale * grad_m, scale * grad_u
     grad_theta_weight = phi_weight @ grad_m.T
-    grad_phi_weight = theta_weight @ grad_m + torch.outer(theta_bias, grad_u)
+    grad_phi_weight = torch.addr(theta_weight @ grad_m, theta_bias, grad_u)
     return grad_theta_weight, phi_weight @ grad_u, grad_phi_weight

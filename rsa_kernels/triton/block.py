@@ -370,6 +370,8 @@ class Weights:
         self._machine = machine
         self._narrow: dict[int, Folded] = {}
         self._wide: tuple[Folded, Tensor] | None = None
+        self._matrices: tuple[Tensor, Tensor] | None = None
+        self._precise_betas: tuple[Tensor, ...] = ()
 
     def narrow(self, columns: int) -> Folded:
         """Block-diagonal, for tiles of so many columns."""
@@ -386,9 +388,15 @@ class Weights:
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """``M`` and ``W``, ``(C, C)`` in the dtype of the volumes."""
-        matrices = self.wide()[0].matrices
-        channels = len(matrices)
-        return matrices[:, :channels], matrices[:, channels:]
+        if self._matrices is None:
+            self._matrices = self.wide()[0].matrices.chunk(2, 1)
+        return self._matrices
+
+    def beta(self, step: int) -> Tensor:
+        """A step's beta in the accumulation dtype."""
+        if not self._precise_betas:
+            self._precise_betas = self.betas.to(self._machine.precise).unbind()
+        return self._precise_betas[step]
 
     def value(self, rows: Tensor) -> Tensor:
         """Value of voxels ``(V, C)``."""
@@ -541,18 +549,19 @@ def _wide_backward(machine: Machine, weights: Weights, totals: Totals, step: Ste
     moved = machine.scratch("moved", len(rows), machine.channels, dtype=machine.dtype)
     if need_value:
         machine.mix(rounded, grad, moved, shape, transposed=True)
-        totals.g_weight.addcmul_(_correlate(moved, rows), betas[index].to(machine.precise))
+        totals.g_weight.addcmul_(_correlate(moved, rows), weights.beta(index))
     # dX = G + beta A^T R + (dL^T X) M + (dL X) M^T + c u, c the columns' sums of dL. From here on G may be gone.
     if grad_x is not None:
         base, rank_one = (grad, betas, index), (grad_logits.sum(1, dtype=machine.precise), u)
         machine.mix(rounded, projected, grad_x, shape, transposed=True, base=base, rank_one=rank_one)
         machine.mix(grad_logits, x, moved, shape, transposed=True)
-        rows_of(grad_x).addmm_(moved, m)
+        grad_x_rows = grad_rows if grad_x is grad else rows_of(grad_x)
+        grad_x_rows.addmm_(moved, m)
     if grad_x is None and not need_folded:
         return
     machine.mix(grad_logits, x, moved, shape)
     if grad_x is not None:
-        rows_of(grad_x).addmm_(moved, m.T)
+        grad_x_rows.addmm_(moved, m.T)
     if need_folded:
         totals.m.add_(_correlate(rows, moved))
         totals.u.add_(moved.sum(0, dtype=machine.precise))
