@@ -50,9 +50,13 @@ OWN = ("triton", "cuda", "cpp", "torch")
 
 
 def markdown(table: Table) -> str:
-    """The README's table: float32, contiguous, the whole block, full and no_grad passes of the usual volumes."""
+    """The README's table: the whole block, full and no_grad passes of the usual volumes.
+
+    On a CPU of contiguous float32 volumes, on a GPU of bfloat16 ones in channels_last_3d, as networks run there.
+    """
     rows = of_main_setting(read(table.path))
-    rows = select(rows, dtype="float32", format="contiguous", axes=ALL_AXES)
+    dtype, memory_format = ("bfloat16", "channels_last_3d") if _of_gpu(rows) else ("float32", "contiguous")
+    rows = select(rows, dtype=dtype, format=memory_format, axes=ALL_AXES)
     rows = [row for row in rows if row["case"] in USUAL and row["mode"] in ("full", "no_grad")]
     if not any(map(is_measured, rows)):
         return "Not yet measured."
@@ -71,7 +75,14 @@ def markdown(table: Table) -> str:
             cells = [f"**{cell}**" if name == fastest else cell for name, cell in _times(found, columns)]
             memory = ", ".join(_memory(found.get(name)) for name in remembered)
             measures = [_ratio(found, EAGER, own), _percent(found.get(own)), memory]
+            if number(found.get(own), "graph_ms"):  # the floor's share is that of the graph
+                measures[1] = NOTHING
             lines.append(_line(volume_label(SHAPES[case]), PASSES[mode], *cells, *measures))
+            if number(found.get(own), "graph_ms"):
+                graphs = [number(found.get(name), "graph_ms") for name in columns]
+                cells = [NOTHING if graph is None else milliseconds(graph) for graph in graphs]
+                measures = [_ratio(found, EAGER, own, "graph_ms"), _percent(found.get(own)), NOTHING]
+                lines.append(_line(volume_label(SHAPES[case]), f"{PASSES[mode]}, CUDA graph", *cells, *measures))
     notes = [f"{where(rows)}; medians, the fastest of a row in bold."]
     if missing:
         notes += ["", f"Not yet measured: {'; '.join(volume_label(SHAPES[case]) for case in missing)}."]
@@ -144,6 +155,10 @@ def network_markdown(rows: Sequence[Row]) -> str:
         cells += [NOTHING if attention is None else f"{attention:.1f} %"]
         lines.append(_line(", ".join(words), *cells, ", ".join(_memory(found.get(name)) for name in (yardstick, own))))
     return "\n".join([*lines, "", f"{where(rows)}; medians, the fastest of a row in bold.", *_noise(rows)])
+
+
+def _of_gpu(rows: Sequence[Row]) -> bool:
+    return any(row.get("driver") for row in rows)
 
 
 def own_provider(rows: Sequence[Row]) -> str:

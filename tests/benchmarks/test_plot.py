@@ -262,10 +262,24 @@ def test_a_status_stands_where_there_is_no_time(table):
 
 
 def test_on_a_gpu_triton_stands_for_this_package(table):
-    rows = [row("tiny 512", name, driver="570") for name in ("eager", "torch", "triton", "cuda")]
+    setting = {"driver": "570", "dtype": "bfloat16", "format": "channels_last_3d"}
+    rows = [row("tiny 512", name, **setting) for name in ("eager", "torch", "triton", "cuda")]
     found = markdown(table(*rows))
     assert "| `torch` | `triton` | `triton` to eager |" in found
     assert "threads" not in found
+    contiguous = [row("tiny 512", "triton", **(setting | {"format": "contiguous"}))]
+    assert markdown(table(*contiguous, name="b.csv")) == "Not yet measured."
+
+
+def test_on_a_gpu_times_in_a_cuda_graph_have_a_line_of_their_own(table):
+    setting = {"driver": "570", "dtype": "bfloat16", "format": "channels_last_3d"}
+    times = {"eager": (100, 30), "torch": (50, None), "triton": (60, 6)}
+    rows = [row("tiny 512", name, median_ms=ms, graph_ms=graph, **setting) for name, (ms, graph) in times.items()]
+    text = markdown(table(*rows))
+    plain = cells(text, "512 channels, 10 × 14 × 10 | forward + backward |")
+    graph = cells(text, "512 channels, 10 × 14 × 10 | forward + backward, CUDA graph")
+    assert plain[2:8] == ["100 ms", "not yet measured", "**50.0 ms**", "60.0 ms", "1.67×", "–"]
+    assert graph[2:8] == ["30.0 ms", "–", "–", "6.00 ms", "5.0×", "17 %"]
 
 
 @pytest.mark.parametrize("write", [markdown, markdown_all])
