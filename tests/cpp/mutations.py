@@ -28,7 +28,7 @@ FAULTS = [
     ("the softmax's derivative forgets its row sum", BLOCK, "(sums[j] - dot)", "sums[j]", EXACT),
     ("u has no part in the gradient of phi", BLOCK, "static_cast<T>(bias[row] * u_grad[c])", "T(0)", EXACT),
     ("beta is not in the gradient of the bias", BLOCK, "+= betas[s] * sum;", "+= sum;", EXACT),
-    ("one sample's map serves all", BLOCK, "attention + task.sample * square, value_,", "attention, value_,", EXACT),
+    ("one sample's map serves all", BLOCK, "attention + task.sample * square, read_value_, bias_,", "attention, read_value_, bias_,", EXACT),
     ("the pitch's left over is not zeroed", KERNELS, "if (step > positions)", "if (false)", SCRATCH),
     ("lanes beyond C are not zeroed", KERNELS, "column < channels ? from[at] : 0", "from[at % channels]", EXACT),
     ("a row of positions is read again", KERNELS, "runs.length) column = 0, ++outer", "runs.length) column = 0", EXACT),

@@ -58,6 +58,7 @@ FAULTS = [
         "memory_is_written",
     ),
     ("rounding loses the sums of the gradient's rows", MAPS, "matrix + lost[:, None]", "matrix", "keep_the_sums"),
+    ("one weight serves for both, side by side", NARROW, "= K if SIDE_BY_SIDE", "= 0 if SIDE_BY_SIDE", SHAPES),
     ("channels beyond the last count", WIDE, " & (channel < C)", "", SHAPES),
     (
         "blocks of columns beyond the first are left out",
