@@ -295,7 +295,7 @@ class Machine:
         self.launch(
             narrow.unfold_kernel,
             -(-self.channels // rows) if matrix else 1,
-            (4, 1),
+            (8, 1),
             (*sums, betas, total, total_vector, step, parts),
             *(self.channels, columns // self.channels, columns, width, rows, parts_at_once(width), matrix, scaled),
         )
