@@ -245,7 +245,8 @@ def _fills_few_lanes(channels: int, voxels: int, axes: Sequence[int]) -> str | N
 @lru_cache(maxsize=1)
 def _has_tiles() -> bool:
     """Whether the processor has AMX: Intel's, where PyTorch's float32 products are at their best."""
-    return torch.cpu._is_amx_tile_supported()
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)  # a private name, which a later torch may not have
+    return check is not None and check()
 
 
 def _reads_pages_for_lines(x: Tensor, axes: Sequence[int]) -> str | None:
