@@ -5,6 +5,7 @@ value, two where they would not be aligned; contraction, softmax, mix). Nothing 
 :mod:`rsa_kernels.ops` for the contract that all backends keep.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rsa_kernels.folding import Gradients, Projections, accumulation_dtype, fold_backward
-from rsa_kernels.triton import maps, narrow, tuning, wide
+from rsa_kernels.folding import Gradients, Projections, accumulation_dtype
+from rsa_kernels.triton import maps, narrow, tuning, weights, wide
 from rsa_kernels.triton.launch import INTERPRETED, OnDevice, bind
 from rsa_kernels.triton.tuning import Tiling
 from rsa_kernels.triton.volumes import ALIGNMENT, Geometry, empty_packed, geometry, pack, unpack
@@ -25,9 +26,8 @@ ROW_ELEMENTS = 8192
 # Half precision ends at 65504, and the folded query, a product with two weights, can be larger than either alone: it is
 # rounded as many times smaller, and the logits, which are float32, are as many times larger again.
 HALF_SHRINK = 2.0**-8
-# Side of the tiles that the weights are folded in, of few channels and of many.
-FOLD_TILES = (16, 32)
-FOLD_MANY = 128
+# Voxels and channels that are summed together.
+SUM_TILE = (64, 64)
 
 
 class Cut(NamedTuple):
@@ -153,37 +153,98 @@ class Machine:
         return rounded
 
     def softmax_backward(
-        self, partial: Tensor, attention: Tensor, betas: Tensor | None = None, step: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """The padded gradient of the logits, and ``rowsum(A * D)`` ``(N, SP)``; without betas they count as one."""
+        self,
+        partial: Tensor,
+        attention: Tensor,
+        scales: tuple[Tensor, Tensor, int] | None = None,
+        row_dots: Tensor | None = None,
+        planes: int = 1,
+    ) -> Tensor:
+        """The padded gradient of the logits; fills ``row_dots`` with ``rowsum(A * D)``.
+
+        ``scales`` are the betas, what the logits' gradients are multiplied by, and the step; without them they count as
+        one. ``row_dots`` is ``(steps, N, SP or more)``. What comes with it as so many ``planes`` says
+        :func:`rsa_kernels.triton.maps.softmax_backward_kernel`.
+        """
         parts, padded = partial.shape[1:3]
-        grad_logits = self.scratch("grad_logits", self.batch, padded, padded, dtype=self.dtype)
-        row_dots = self.empty(self.batch, padded)
-        scales = row_dots if betas is None else betas
-        arguments = (partial, attention, scales, grad_logits, row_dots, step, attention.shape[1], parts)
+        shape = (self.batch, padded, padded)
+        grad_logits = self.scratch("grad_logits", *((planes, *shape) if planes > 1 else shape), dtype=self.dtype)
+        if row_dots is None:
+            row_dots = self.empty(1, self.batch, padded)
+        betas, logit_betas, step = scales or (row_dots, row_dots, 0)
+        arguments = (partial, attention, betas, logit_betas, grad_logits, row_dots)
+        numbers = (step, attention.shape[1], parts, self.batch, self.batch * row_dots.shape[2])
         # 0 without betas; else 1 or 2, for they may come in the caller's dtype or in ours.
-        scaled = 0 if betas is None else 1 + (betas.dtype == self.precise)
-        self.launch_rows(maps.softmax_backward_kernel, arguments, padded, parts_at_once(padded), scaled)
-        return grad_logits, row_dots
+        scaled = 0 if scales is None else 1 + (logit_betas.dtype == self.precise)
+        self.launch_rows(
+            maps.softmax_backward_kernel, (*arguments, *numbers), padded, parts_at_once(padded), scaled, planes
+        )
+        return grad_logits
 
-    # Narrow --------------------------------------------------------------------------------------------------------
+    # Weights -------------------------------------------------------------------------------------------------------
 
-    def fold(self, weights: Projections, columns: int | None = None) -> Folded:
-        """Block-diagonal weights of so many columns; without columns M and W side by side, ``(C, 2 C)``."""
-        side_by_side = columns is None
-        columns = columns or self.channels
-        shape = (columns, 2 * columns) if side_by_side else (3, columns, columns)
-        folded = Folded(self.empty(*shape, dtype=self.dtype), self.empty(2, columns))
-        theta_weight, theta_bias, phi_weight, _, g_weight, g_bias = weights
-        tile = max(16, tuning.bucket(columns)) if INTERPRETED else FOLD_TILES[columns > FOLD_MANY]
+    def _products_of_weights(self) -> tuple[int, str]:
+        """The side of the tiles, and the precision: weights of 16-bit volumes need be no more exact than in float32."""
+        if self.kind == "half" and self.arch.startswith("sm_"):
+            return (64 if self.channels > 64 else 32), "tf32x3"
+        return (max(16, tuning.bucket(self.channels)) if INTERPRETED else 32), "ieee"
+
+    def fold(self, published: Projections, layout: str, columns: int = 0) -> Folded:
+        """The weights in a layout of :func:`rsa_kernels.triton.weights.fold_kernel`; in blocks of so many columns."""
+        channels = self.channels
+        columns = columns or channels
+        rows = 3 * channels + min(channels, weights.PAD)
+        shape = {"blocks": (3, columns, columns), "row": (channels, 2 * channels), "column": (rows, channels)}[layout]
+        vectors_dtype = self.precise if layout == "blocks" else self.dtype
+        folded = Folded(self.empty(*shape, dtype=self.dtype), self.empty(2, columns, dtype=vectors_dtype))
+        theta_weight, theta_bias, phi_weight, _, g_weight, g_bias = published
+        tile, precision = self._products_of_weights()
         self.launch(
-            narrow.fold_kernel,
+            weights.fold_kernel,
             (-(-columns // tile)) ** 2,
-            (4, 1),
+            (4, 3),
             (theta_weight, theta_bias, phi_weight, g_weight, g_bias, *folded),
-            *(self.channels, columns // self.channels, columns, tile, side_by_side),
+            *(channels, columns // channels, columns, tile, layout, rows, precision),
         )
         return folded
+
+    def unfold(self, sums: "Sums", totals: "Totals") -> None:
+        """Adds what the programs of all steps have summed to the totals."""
+        channels, width, steps = self.channels, tuning.bucket(self.channels), len(totals.vectors) - 1
+        rows = width if INTERPRETED else 1
+        matrices = sums.w is not None
+        self.launch(
+            weights.unfold_kernel,
+            (2 * -(-channels // rows) if matrices else 0) + steps + 1,
+            (8, 1),
+            (
+                *(sums.w if matrices else sums.b, sums.m if matrices else sums.u, sums.b, sums.u, totals.matrices),
+                *(totals.vectors, steps, sums.slots_w, sums.slots_m),
+            ),
+            *(channels, sums.columns_w // channels, sums.columns_w, sums.columns_m // channels, sums.columns_m),
+            *(width, rows, parts_at_once(width), matrices),
+        )
+
+    def collect(self, published: Projections, betas: Tensor, totals: "Totals") -> list[Tensor]:
+        """The gradients of the published weights and of the betas, in their order and dtypes."""
+        gradients = [torch.empty_like(tensor) for tensor in (*published, betas)]
+        theta_weight, theta_bias, phi_weight, _, _, g_bias = published
+        tile, precision = self._products_of_weights()
+        tile = min(tile, 32) if not INTERPRETED else tile
+        steps, batch, padded = totals.row_dots.shape
+        self.launch(
+            weights.collect_kernel,
+            (-(-self.channels // tile)) ** 2,
+            (8, 2),
+            (
+                *(theta_weight, theta_bias, phi_weight, g_bias, betas),
+                *(totals.matrices, totals.vectors, totals.row_dots, *gradients, steps, batch * padded),
+            ),
+            *(self.channels, tile, precision),
+        )
+        return gradients
+
+    # Narrow --------------------------------------------------------------------------------------------------------
 
     def _narrow_cut(self, geometry: Geometry, tiling: Tiling, blocks: int) -> tuple[Cut, tuple[int, ...]]:
         """The cut, and the numbers that every kernel of the narrow regime takes."""
@@ -229,75 +290,39 @@ class Machine:
         )
 
     def narrow_map_backward(
-        self, x: Tensor, grad: Tensor, rounded: Tensor, folded: Folded, geometry: Geometry, tiling: Tiling, need: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Partial ``D``; with ``need`` partial gradients of the value projection; partial sums of the gradient."""
-        padded = rounded.shape[1]
-        made, numbers = self._narrow_cut(geometry, tiling, 1)
+        self, step: "Step", folded: Folded, betas: Tensor, sums: "Sums", tiling: Tiling, padded: int
+    ) -> Tensor:
+        """Partial ``D``; adds to the sums for the value projection, and keeps that of the upstream gradient."""
+        made, numbers = self._narrow_cut(step.geometry, tiling, 1)
         partial = self.scratch("partial", self.batch, made.parts, padded, padded)
-        sums = self._narrow_sums(made, tiling)
         self.launch(
             narrow.map_backward_kernel,
             made.parts * self.batch,
             (tiling.warps, tiling.stages),
-            (x, grad, rounded, folded.matrices, partial, *sums, *numbers),
-            *(self.channels, made.places, tiling.columns, padded, geometry.flat, need, self.precision),
+            (
+                *(step.x, step.grad, step.attention, folded.matrices, betas, partial, sums.w, sums.b),
+                *(step.index, sums.slots_w, *numbers),
+            ),
+            *(self.channels, made.places, tiling.columns, padded, step.geometry.flat, step.need_value, self.precision),
         )
-        return partial, *sums
+        return partial
 
     def narrow_mix_backward(
-        self,
-        x: Tensor,
-        grad: Tensor,
-        rounded: Tensor,
-        grad_logits: Tensor,
-        folded: Folded,
-        betas: Tensor,
-        step: int,
-        grad_x: Tensor | None,
-        geometry: Geometry,
-        tiling: Tiling,
-        need: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Fills ``grad_x``; with ``need`` returns partial gradients of M and u."""
-        made, numbers = self._narrow_cut(geometry, tiling, 1)
-        sums = self._narrow_sums(made, tiling)
-        target = x if grad_x is None else grad_x
+        self, step: "Step", matrices: Tensor, folded: Folded, betas: Tensor, sums: "Sums", tiling: Tiling
+    ) -> None:
+        """Fills ``step.grad_x``, and adds to the sums for M and u, where they are wanted."""
+        made, numbers = self._narrow_cut(step.geometry, tiling, 1)
+        target = step.x if step.grad_x is None else step.grad_x
         self.launch(
             narrow.mix_backward_kernel,
             made.parts * self.batch,
             (tiling.warps, tiling.stages),
-            (x, grad, rounded, grad_logits, *folded, betas, target, *sums, step, *numbers),
-            *(self.channels, made.places, tiling.columns, rounded.shape[1], geometry.flat),
-            *(grad_x is not None, need, self.precision),
-        )
-        return sums
-
-    def _narrow_sums(self, made: Cut, tiling: Tiling) -> tuple[Tensor, Tensor]:
-        """Room for a matrix and a vector of each program's."""
-        programs, columns = self.batch * made.parts, tiling.columns
-        return self.scratch("matrices", programs, columns, columns), self.scratch("vectors", programs, columns)
-
-    def unfold(
-        self,
-        sums: tuple[Tensor, Tensor],
-        betas: Tensor,
-        step: int,
-        total: Tensor,
-        total_vector: Tensor,
-        matrix: bool,
-        scaled: bool,
-    ) -> None:
-        """Adds partial gradients of block-diagonal weights to those of the folded ones."""
-        parts, columns = sums[1].shape
-        width = tuning.bucket(self.channels)
-        rows = width if INTERPRETED else 1
-        self.launch(
-            narrow.unfold_kernel,
-            -(-self.channels // rows) if matrix else 1,
-            (8, 1),
-            (*sums, betas, total, total_vector, step, parts),
-            *(self.channels, columns // self.channels, columns, width, rows, parts_at_once(width), matrix, scaled),
+            (
+                *(step.x, step.grad, matrices, *folded, betas, target, sums.m, sums.u),
+                *(step.index, self.batch, *numbers),
+            ),
+            *(self.channels, made.places, tiling.columns, matrices.shape[2], step.geometry.flat),
+            *(step.grad_x is not None, step.need_folded, self.precision),
         )
 
     # Wide ----------------------------------------------------------------------------------------------------------
@@ -327,13 +352,8 @@ class Machine:
         geometry: Geometry,
         transposed: bool = False,
         base: tuple[Tensor, Tensor, int] | None = None,
-        rank_one: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """``out = A volume``.
-
-        With ``base = (x, betas, step)`` it is ``x + beta A volume``; with ``rank_one = (a, b)``, ``(N, SP)`` over
-        slices and ``(C,)``, their product is added.
-        """
+        """``out = A volume``; with ``base = (x, betas, step)`` it is ``x + beta A volume``."""
         tiling = self.tiling("mix_slices", geometry)
         made = cut(geometry, tiling, self.channels, self.batch, 1, self.processors)
         rest, betas, step = base or (volume, matrix, 0)
@@ -343,11 +363,40 @@ class Machine:
             blocks * made.chunks * self.batch,
             (tiling.warps, tiling.stages),
             (
-                *(volume, matrix, rest, betas, *(rank_one or (matrix, matrix)), out),
+                *(volume, matrix, rest, betas, out),
                 *(step, geometry.slices, geometry.inner, made.chunks, *geometry.strides),
             ),
             *(self.channels, made.channels, made.places, tiling.columns, matrix.shape[1], tiling.rows, tiling.rows),
-            *(transposed, base is not None, rank_one is not None, _row(volume), _row(out), self.precision),
+            *(transposed, base is not None, _row(volume), _row(out), self.precision),
+        )
+
+    def mix_backward(self, step: "Step", matrices: Tensor, moved: Tensor, first: int, count: int) -> None:
+        """Fills ``moved`` with products of so many factors, see :func:`rsa_kernels.triton.wide.mix_backward_kernel`."""
+        shape = step.geometry
+        tiling = self.tiling("mix_slices", shape)
+        made = cut(shape, tiling, self.channels, self.batch, 1, self.processors)
+        blocks = -(-shape.slices // tiling.rows)
+        self.launch(
+            wide.mix_backward_kernel,
+            blocks * made.chunks * self.batch * count,
+            (tiling.warps, tiling.stages),
+            (
+                *(step.x, step.grad, matrices, moved, first, count, self.batch),
+                *(shape.slices, shape.inner, made.chunks, *shape.strides),
+            ),
+            *(self.channels, made.channels, made.places, tiling.columns, matrices.shape[2], tiling.rows, tiling.rows),
+            *(moved.stride(0), self.precision),
+        )
+
+    def sum_voxels(self, step: "Step", moved: Tensor, sums: "Sums", need: bool) -> None:
+        """Keeps the upstream gradient's sum over voxels; with ``need`` adds to the sums that of ``dL X``."""
+        rows, columns = SUM_TILE
+        self.launch(
+            wide.sum_kernel,
+            sums.slots_w * -(-self.channels // columns),
+            (4, 1),
+            (step.grad, moved, sums.b, sums.u, step.index, len(moved), sums.slots_w),
+            *(self.channels, columns, rows, moved.stride(0), need),
         )
 
 
@@ -368,51 +417,30 @@ class Weights:
         # What the gradient of a step's logits is multiplied by.
         self.logit_betas = self.betas if scale == 1 else self.betas.to(machine.precise) * scale
         self._machine = machine
-        self._narrow: dict[int, Folded] = {}
-        self._wide: tuple[Folded, Tensor] | None = None
-        self._matrices: tuple[Tensor, Tensor] | None = None
-        self._precise_betas: tuple[Tensor, ...] = ()
+        self._folded: dict[tuple[str, int], Folded] = {}
+
+    def folded(self, layout: str, columns: int = 0) -> Folded:
+        """In a layout of :func:`rsa_kernels.triton.weights.fold_kernel`."""
+        folded = self._folded.get((layout, columns))
+        if folded is None:
+            folded = self._folded[layout, columns] = self._machine.fold(self.published, layout, columns)
+        return folded
 
     def narrow(self, columns: int) -> Folded:
         """Block-diagonal, for tiles of so many columns."""
-        if columns not in self._narrow:
-            self._narrow[columns] = self._machine.fold(self.published, columns)
-        return self._narrow[columns]
-
-    def wide(self) -> tuple[Folded, Tensor]:
-        """``M`` and ``W`` side by side, with ``u`` and ``b``; and these two in the dtype of the volumes."""
-        if self._wide is None:
-            folded = self._machine.fold(self.published)
-            self._wide = folded, folded.vectors.to(self._machine.dtype)
-        return self._wide
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """``M`` and ``W``, ``(C, C)`` in the dtype of the volumes."""
-        if self._matrices is None:
-            self._matrices = self.wide()[0].matrices.chunk(2, 1)
-        return self._matrices
-
-    def beta(self, step: int) -> Tensor:
-        """A step's beta in the accumulation dtype."""
-        if not self._precise_betas:
-            self._precise_betas = self.betas.to(self._machine.precise).unbind()
-        return self._precise_betas[step]
-
-    def value(self, rows: Tensor) -> Tensor:
-        """Value of voxels ``(V, C)``."""
-        return torch.addmm(self.wide()[1][1], rows, self.matrices()[1])
+        return self.folded("blocks", columns)
 
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Query, ``shrink`` times smaller, and value of voxels ``(V, C)``.
 
         They come of one product where both then start aligned: the voxels are read once.
         """
-        folded, biases = self.wide()
+        matrices, biases = self.folded("row")
         channels, shrink = rows.shape[1], self._machine.shrink
         if shrink != 1 or channels * rows.element_size() % ALIGNMENT:
-            query = torch.addmm(biases[0], rows, self.matrices()[0], alpha=shrink, beta=shrink)
-            return query, self.value(rows)
-        both = torch.addmm(biases.view(-1), rows, folded.matrices)
+            query = torch.addmm(biases[0], rows, matrices[:, :channels], alpha=shrink, beta=shrink)
+            return query, torch.addmm(biases[1], rows, matrices[:, channels:])
+        both = torch.addmm(biases.view(-1), rows, matrices)
         return both[:, :channels], both[:, channels:]
 
 
@@ -450,7 +478,8 @@ def _remix(machine: Machine, weights: Weights, step: int, x: Tensor, attention: 
         rounded = machine.round(attention, tiling)
         machine.narrow_mix(x, rounded, weights.narrow(tiling.columns), weights.betas, step, out, shape, tiling)
     else:
-        value = weights.value(rows_of(x))
+        matrices, biases = weights.folded("column")
+        value = torch.addmm(biases[1], rows_of(x), matrices[machine.channels : 2 * machine.channels].T)
         machine.mix(machine.round(attention), value, out, shape, base=(x, weights.betas, step))
     return out
 
@@ -475,25 +504,91 @@ def recurrent_slice_attention(
         return unpack(volume, x, device, stream), maps, inputs
 
 
+class Sums(NamedTuple):
+    """Sums that the programs of a regime keep, each in slots of its own, over all steps."""
+
+    columns_w: int
+    columns_m: int
+    slots_w: int
+    slots_m: int
+    w: Tensor | None
+    """For the value projection, ``(slots_w, columns_w, columns_w)``; the wide regime adds to the totals at once."""
+    m: Tensor | None
+    """For M, ``(slots_m, columns_m, columns_m)``."""
+    b: Tensor
+    """Of the upstream gradient over voxels, ``(steps, slots_w, columns_w)``."""
+    u: Tensor
+    """For u, ``(slots_m, columns_m)``."""
+
+
 class Totals(NamedTuple):
     """The gradients of the folded weights, summed over steps, and what betas' gradients are made of."""
 
-    m: Tensor
-    u: Tensor
-    g_weight: Tensor
-    grad_sums: Tensor
-    """For each step, the sum of the upstream gradient over voxels: ``(steps, C)``."""
-    row_dots: list[Tensor]
-    """For each step, last first, ``rowsum(A * D)``: ``(N, SP)``."""
+    matrices: Tensor
+    """Of Wv, and of M, transposed: ``(2 C, C)``."""
+    vectors: Tensor
+    """For each step, the sum of the upstream gradient over voxels, and last the gradient of u: ``(steps + 1, C)``."""
+    row_dots: Tensor
+    """For each step ``rowsum(A * D)``, ``(steps, N, SP)``."""
 
-    @classmethod
-    def zeros(cls, machine: Machine, steps: int) -> "Totals":
-        """Sums to add to."""
-        channels = machine.channels
-        zeros = machine.empty(channels + 1 + steps, channels).zero_()
-        m, u, grad_sums = zeros.split((channels, 1, steps))
-        # What leaves is a tensor of its own: operators promise their results' place in memory, too.
-        return cls(m, u[0], machine.empty(channels, channels).zero_(), grad_sums, [])
+
+class Plan(NamedTuple):
+    """How a step goes backward."""
+
+    geometry: Geometry
+    tilings: tuple[Tiling, Tiling] | None
+    """Of the two kernels of the narrow regime."""
+    padded: int
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """Steps with the same columns share their sums."""
+        return (self.tilings[0].columns, self.tilings[1].columns) if self.tilings else (0, 0)
+
+
+def _plan(machine: Machine, axis: int) -> Plan:
+    shape = geometry(machine.shape, axis)
+    first, second = machine.tiling("map_backward", shape), machine.tiling("mix_backward", shape)
+    if first and second:
+        return Plan(shape, (first, second), tuning.padded(shape.slices, first, second))
+    return Plan(shape, None, tuning.bucket(shape.slices))
+
+
+def _room(machine: Machine, plans: Sequence[Plan]) -> tuple[Totals, dict[tuple[int, int], Sums]]:
+    """Totals, and sums for each group, all zero and of one allocation."""
+    channels, steps = machine.channels, len(plans)
+    padded = max(plan.padded for plan in plans)
+    sizes = [2 * channels * channels, (steps + 1) * channels, steps * machine.batch * padded]
+    groups = {}
+    for plan in plans:
+        if plan.tilings:
+            slots = [
+                machine.batch * cut(plan.geometry, tiling, channels, machine.batch, 1, machine.processors).parts
+                for tiling in plan.tilings
+            ]
+        else:
+            rows, columns = SUM_TILE
+            voxels = math.prod(machine.shape) // channels
+            slots = [max(1, min(-(-voxels // rows), 2 * machine.processors // -(-channels // columns)))] * 2
+        groups[plan.group] = [max(pair) for pair in zip(slots, groups.get(plan.group, (1, 1)), strict=True)]
+    for (columns_w, columns_m), (slots_w, slots_m) in groups.items():
+        sizes += [slots_w * columns_w**2, slots_m * columns_m**2]
+        sizes += [steps * slots_w * (columns_w or channels), slots_m * (columns_m or channels)]
+    aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+    matrices, vectors, row_dots, *rest = machine.like.new_zeros(sum(aligned), dtype=machine.precise).split(aligned)
+    totals = Totals(
+        matrices[: sizes[0]].view(2 * channels, channels),
+        vectors[: sizes[1]].view(steps + 1, channels),
+        row_dots[: sizes[2]].view(steps, machine.batch, padded),
+    )
+    sums = {}
+    for index, ((columns_w, columns_m), slots) in enumerate(groups.items()):
+        w, m, b, u = rest[4 * index : 4 * index + 4]
+        if columns_w:
+            sums[columns_w, columns_m] = Sums(columns_w, columns_m, *slots, w, m, b, u)
+        else:
+            sums[0, 0] = Sums(channels, channels, *slots, None, None, b, u)
+    return totals, sums
 
 
 class Step(NamedTuple):
@@ -513,67 +608,49 @@ class Step(NamedTuple):
     """Whether that of the value projection is."""
 
 
-def _narrow_backward(
-    machine: Machine, weights: Weights, totals: Totals, step: Step, first: Tiling, second: Tiling
-) -> None:
-    index, grad, x, attention, shape, grad_x, need_folded, need_value = step
+def _narrow_backward(machine: Machine, weights: Weights, totals: Totals, sums: Sums, step: Step, plan: Plan) -> None:
+    first, second = plan.tilings
     betas = weights.betas
-    rounded = machine.round(attention, first, second)
-    folded = weights.narrow(first.columns)
-    partial, *sums = machine.narrow_map_backward(x, grad, rounded, folded, shape, first, need_value)
-    machine.unfold(sums, betas, index, totals.g_weight, totals.grad_sums[index], need_value, True)
-    grad_logits, row_dots = machine.softmax_backward(partial, attention, weights.logit_betas, index)
-    totals.row_dots.append(row_dots)
-    if grad_x is None and not need_folded:
-        return
-    folded = weights.narrow(second.columns)
-    sums = machine.narrow_mix_backward(
-        x, grad, rounded, grad_logits, folded, betas, index, grad_x, shape, second, need_folded
-    )
-    if need_folded:
-        machine.unfold(sums, betas, index, totals.m, totals.u, True, False)
+    partial = machine.narrow_map_backward(step, weights.narrow(first.columns), betas, sums, first, plan.padded)
+    scales = (betas, weights.logit_betas, step.index)
+    matrices = machine.softmax_backward(partial, step.attention, scales, totals.row_dots, planes=2)
+    if step.grad_x is not None or step.need_folded:
+        machine.narrow_mix_backward(step, matrices, weights.narrow(second.columns), betas, sums, second)
 
 
-def _wide_backward(machine: Machine, weights: Weights, totals: Totals, step: Step) -> None:
-    index, grad, x, attention, shape, grad_x, need_folded, need_value = step
-    betas = weights.betas
-    u = weights.wide()[0].vectors[0]
-    m, w = weights.matrices()
-    rows, grad_rows = rows_of(x), rows_of(grad)
-    projected = grad_rows @ w.T
-    partial = machine.contract(projected, x, shape)
-    grad_logits, row_dots = machine.softmax_backward(partial, attention, weights.logit_betas, index)
-    totals.row_dots.append(row_dots)
-    torch.sum(grad_rows, 0, dtype=machine.precise, out=totals.grad_sums[index])
-    rounded = machine.round(attention)
-    moved = machine.scratch("moved", len(rows), machine.channels, dtype=machine.dtype)
-    if need_value:
-        machine.mix(rounded, grad, moved, shape, transposed=True)
-        totals.g_weight.addcmul_(_correlate(moved, rows), weights.beta(index))
-    # dX = G + beta A^T R + (dL^T X) M + (dL X) M^T + c u, c the columns' sums of dL. From here on G may be gone.
-    if grad_x is not None:
-        base, rank_one = (grad, betas, index), (grad_logits.sum(1, dtype=machine.precise), u)
-        machine.mix(rounded, projected, grad_x, shape, transposed=True, base=base, rank_one=rank_one)
-        machine.mix(grad_logits, x, moved, shape, transposed=True)
-        grad_x_rows = grad_rows if grad_x is grad else rows_of(grad_x)
-        grad_x_rows.addmm_(moved, m)
-    if grad_x is None and not need_folded:
-        return
-    machine.mix(grad_logits, x, moved, shape)
-    if grad_x is not None:
-        grad_x_rows.addmm_(moved, m.T)
-    if need_folded:
-        totals.m.add_(_correlate(rows, moved))
-        totals.u.add_(moved.sum(0, dtype=machine.precise))
+def _wide_backward(machine: Machine, weights: Weights, totals: Totals, sums: Sums, step: Step) -> None:
+    channels = machine.channels
+    column = weights.folded("column").matrices
+    rows, grad_rows = rows_of(step.x), rows_of(step.grad)
+    # Three volumes side by side; until they are made, what the gradient is projected to is where the first will be.
+    moved = machine.scratch("moved", len(rows), len(column), dtype=machine.dtype)
+    torch.mm(grad_rows, column[channels : 2 * channels], out=moved[:, :channels])
+    partial = machine.contract(moved, step.x, step.geometry)
+    scales = (weights.betas, weights.logit_betas, step.index)
+    matrices = machine.softmax_backward(partial, step.attention, scales, totals.row_dots, planes=3)
+    need_x = step.grad_x is not None
+    first = 0 if need_x else 1 if step.need_value else 2
+    last = 3 if need_x or step.need_folded else 2 if step.need_value else 0
+    if last > first:
+        machine.mix_backward(step, matrices, moved, first, last - first)
+    machine.sum_voxels(step, moved, sums, step.need_folded)
+    # The second volume is correlated for the value projection, the third for M.
+    start, end = 0 if step.need_value else channels, 2 * channels if step.need_folded else channels
+    if end > start:
+        _correlate(moved[:, channels + start : channels + end], rows, totals.matrices[start:end])
+    if need_x:
+        # dX = G + (dL^T X) M + (beta A^T G) Wv + (dL X) M^T + c u. From here on G may be gone.
+        torch.addmm(grad_rows, moved, column, out=grad_rows if step.grad_x is step.grad else rows_of(step.grad_x))
 
 
-def _correlate(rows: Tensor, columns: Tensor) -> Tensor:
-    """``rows^T columns`` with sums and result in the accumulation dtype."""
-    if rows.dtype in (torch.float32, torch.float64):
-        return rows.T @ columns
-    if rows.is_cuda:
-        return torch.mm(rows.T, columns, out_dtype=torch.float32)
-    return rows.float().T @ columns.float()
+def _correlate(columns: Tensor, rows: Tensor, total: Tensor) -> None:
+    """Adds ``columns^T rows``, summed in the accumulation dtype, to ``total``."""
+    if total.dtype == rows.dtype:
+        total.addmm_(columns.T, rows)
+    elif rows.is_cuda:
+        torch.addmm(total, columns.T, rows, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(columns.T.float(), rows.float())
 
 
 def recurrent_slice_attention_backward(
@@ -595,8 +672,10 @@ def recurrent_slice_attention_backward(
         for step in range(len(volumes) - 1, len(axes) - 1):
             volumes.append(_remix(machine, prepared, step, volumes[-1], maps[step], axes[step]))
 
+        need_weights = any(needs[1:])
         need_folded = bool(needs.theta_weight or needs.theta_bias or needs.phi_weight)
-        totals = Totals.zeros(machine, len(axes))
+        plans = [_plan(machine, axis) for axis in axes]
+        totals, sums = _room(machine, plans)
         upstream = pack(grad, device, stream)
         # Every step but the last reads and writes the one buffer of ours: the caller's gradient stays as it is.
         grad_x = upstream if upstream.data_ptr() != grad.data_ptr() else None
@@ -604,35 +683,22 @@ def recurrent_slice_attention_backward(
             wanted = index > 0 or needs.x
             if grad_x is None and wanted:
                 grad_x = empty_packed(machine.shape, x)
-            shape = geometry(machine.shape, axes[index])
+            plan = plans[index]
             target = grad_x if wanted else None
-            step = Step(index, upstream, volumes.pop(), maps[index], shape, target, need_folded, bool(needs.g_weight))
-            first, second = machine.tiling("map_backward", shape), machine.tiling("mix_backward", shape)
-            if first and second:
-                _narrow_backward(machine, prepared, totals, step, first, second)
+            step = Step(
+                *(index, upstream, volumes.pop(), maps[index], plan.geometry, target, need_folded, bool(needs.g_weight))
+            )
+            if plan.tilings:
+                _narrow_backward(machine, prepared, totals, sums[plan.group], step, plan)
             else:
-                _wide_backward(machine, prepared, totals, step)
+                _wide_backward(machine, prepared, totals, sums[plan.group], step)
             upstream = grad_x
-        gradients = _collect(machine, prepared, totals, weights, needs)
-        return gradients._replace(x=unpack(grad_x, x, device, stream) if needs.x else None)
-
-
-def _collect(machine: Machine, prepared: Weights, totals: Totals, weights: Projections, needs: Gradients) -> Gradients:
-    """The published weights' gradients from those of the folded ones."""
-    precise = machine.precise
-    result = dict.fromkeys(Gradients._fields)
-    if needs.theta_weight or needs.theta_bias or needs.phi_weight:
-        theta_weight, theta_bias, phi_weight, *_ = (weight.to(precise) for weight in weights)
-        result["theta_weight"], result["theta_bias"], result["phi_weight"] = fold_backward(
-            totals.m, totals.u, theta_weight, theta_bias, phi_weight, 1.0
-        )
-    result["phi_bias"] = torch.zeros_like(weights.phi_bias)
-    result["g_weight"] = totals.g_weight
-    if needs.g_bias or needs.betas:
-        dots = torch.stack([dots.sum() for dots in reversed(totals.row_dots)])
-        result["g_bias"] = prepared.betas.to(precise) @ totals.grad_sums
-        result["betas"] = dots + totals.grad_sums @ weights.g_bias.to(precise)
-    return Gradients(**result)
+        gradients = [None] * len(needs[1:])
+        if need_weights:
+            for group in sums.values():
+                machine.unfold(group, totals)
+            gradients = machine.collect(prepared.published, prepared.betas, totals)
+        return Gradients(unpack(grad_x, x, device, stream) if needs.x else None, *gradients)
 
 
 def slice_attention(query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -676,7 +742,7 @@ def slice_attention_backward(
 
         if needs[0] or needs[1]:
             partial = machine.contract(upstream, pack(value, device, stream), shape)
-            grad_logits, _ = machine.softmax_backward(_scaled(partial, scale), attention)
+            grad_logits = machine.softmax_backward(_scaled(partial, scale), attention)
             if needs[0]:
                 grads[0] = mix(grad_logits, key, query, False)
             if needs[1]:

@@ -93,25 +93,30 @@ def round_kernel(attention, rounded, slices: tl.int32, SP: tl.constexpr, BR: tl.
     tl.store(rounded + place, weights.to(rounded.dtype.element_ty))
 
 
-@kernel("attention", "betas")
+@kernel("attention", "betas", "logit_betas")
 def softmax_backward_kernel(
     partial,
     attention,
     betas,
+    logit_betas,
     rounded,
     row_dots,
     step: tl.int32,
     slices: tl.int32,
     parts: tl.int32,
+    batch: tl.int32,
+    dots: tl.int32,
     SP: tl.constexpr,
     BR: tl.constexpr,
     NQ: tl.constexpr,
     SCALED: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
-    """``dL = beta * A * (D - rowsum(A * D))`` from partial ``D``, padded and rounded; and ``rowsum(A * D)``.
+    """``dL = logit_beta * A * (D - rowsum(A * D))`` from partial ``D``, padded and rounded; and ``rowsum(A * D)``.
 
-    One program per ``BR`` rows. ``rounded`` ``(N, SP, SP)`` is written whole, ``row_dots`` ``(N, SP)`` too. Without
-    ``SCALED`` there are no betas.
+    One program per ``BR`` rows. ``rounded`` ``(PLANES, N, SP, SP)`` is written whole: 1 is ``dL``, 2 are ``dL`` and
+    ``A``, 3 are ``dL^T``, ``beta * A^T`` and ``dL``. ``row_dots`` is ``(steps, N, dots / N)``. Without ``SCALED`` there
+    are no betas.
     """
     n, i, j, inside, place = rows_of_program(slices, SP, BR)
     contracted = sum_partial(partial, n, i, j, inside, parts, SP, NQ)
@@ -119,6 +124,17 @@ def softmax_backward_kernel(
     row_dot = tl.sum(weights * contracted, 1)
     grad = weights * (contracted - row_dot[:, None])
     if SCALED:
-        grad *= tl.load(betas + step).to(grad.dtype)
-    tl.store(rounded + place, round_rows(grad, j, inside, rounded))
-    tl.store(row_dots + n * SP + i, row_dot)
+        grad *= tl.load(logit_betas + step).to(grad.dtype)
+    grad = round_rows(grad, j, inside, rounded)
+    plane = batch.to(tl.int64) * SP * SP
+    if PLANES == 3:
+        transposed = (n * SP + j[None, :]) * SP + i[:, None]
+        scaled = tl.load(betas + step).to(weights.dtype) * weights
+        tl.store(rounded + transposed, grad)
+        tl.store(rounded + plane + transposed, scaled.to(grad.dtype))
+        tl.store(rounded + 2 * plane + place, grad)
+    else:
+        tl.store(rounded + place, grad)
+        if PLANES == 2:
+            tl.store(rounded + plane + place, weights.to(grad.dtype))
+    tl.store(row_dots + step * dots + n * (dots // batch) + i, row_dot)

@@ -14,65 +14,6 @@ import triton.language as tl
 from rsa_kernels.triton.tiles import columns, dot, kernel, places, product
 
 
-@kernel("theta", "theta_bias", "phi", "g", "g_bias")
-def fold_kernel(
-    theta,
-    theta_bias,
-    phi,
-    g,
-    g_bias,
-    matrices,
-    vectors,
-    C: tl.constexpr,
-    PB: tl.constexpr,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    SIDE_BY_SIDE: tl.constexpr,
-):
-    """The block-diagonal weights from the published ones: one program per ``T x T`` tile of ``(K, K)``.
-
-    ``matrices`` ``(3, K, K)``, in the dtype of the volumes, holds M, what rounding took from it, and W; ``vectors``
-    ``(2, K)``, not rounded, u and b. The other kernels of this module take both as they are. With ``SIDE_BY_SIDE``
-    ``matrices`` is ``(K, 2 K)``, M and W, for products of the library.
-    """
-    tiles: tl.constexpr = (K + T - 1) // T
-    ROW: tl.constexpr = 2 * K if SIDE_BY_SIDE else K
-    W_FROM: tl.constexpr = K if SIDE_BY_SIDE else 2 * K * K
-    row = tl.program_id(0) // tiles * T + tl.arange(0, T)
-    column = tl.program_id(0) % tiles * T + tl.arange(0, T)
-    row_exists = row < PB * C
-    column_exists = column < PB * C
-    dtype = vectors.dtype.element_ty
-    folded = tl.zeros((T, T), dtype)
-    folded_bias = tl.zeros((T,), dtype)
-    for first in range(0, C, T):
-        o = first + tl.arange(0, T)
-        o_exists = o < C
-        left = tl.load(
-            theta + o[:, None] * C + row[None, :] % C, mask=o_exists[:, None] & row_exists[None, :], other=0.0
-        ).to(dtype)
-        right = tl.load(
-            phi + o[:, None] * C + column[None, :] % C, mask=o_exists[:, None] & column_exists[None, :], other=0.0
-        ).to(dtype)
-        left_bias = tl.load(theta_bias + o, mask=o_exists, other=0.0).to(dtype)
-        folded = dot(tl.trans(left), right, folded, "ieee")
-        folded_bias += tl.sum(right * left_bias[:, None], 0)
-    same_place = (row[:, None] // C == column[None, :] // C) & row_exists[:, None] & column_exists[None, :]
-    folded = tl.where(same_place, folded, 0.0)
-    value = tl.load(g + (column[None, :] % C) * C + row[:, None] % C, mask=same_place, other=0.0).to(dtype)
-    high = folded.to(matrices.dtype.element_ty)
-    place = row[:, None] * ROW + column[None, :]
-    inside = (row[:, None] < K) & (column[None, :] < K)
-    tl.store(matrices + place, high, mask=inside)
-    tl.store(matrices + W_FROM + place, value.to(high.dtype), mask=inside)
-    if not SIDE_BY_SIDE:
-        tl.store(matrices + K * K + place, (folded - high.to(dtype)).to(high.dtype), mask=inside)
-    if tl.program_id(0) < tiles:
-        tl.store(vectors + column, tl.where(column_exists, folded_bias, 0.0), mask=column < K)
-        bias = tl.load(g_bias + column % C, mask=column_exists, other=0.0).to(dtype)
-        tl.store(vectors + K + column, bias, mask=column < K)
-
-
 @kernel()
 def map_kernel(
     x,
@@ -203,15 +144,26 @@ def mix_kernel(
         )
 
 
-@kernel()
+@triton.jit
+def whole_map(attention, n, j, slices, like):
+    """A sample's map from ``(N, S, S)``, padded with zeros to ``(SP, SP)``, in the dtype that ``like`` points to."""
+    inside = (j[:, None] < slices) & (j[None, :] < slices)
+    entries = (n * slices + j[:, None]) * slices + j[None, :]
+    return tl.load(attention + entries, mask=inside, other=0.0).to(like.dtype.element_ty)
+
+
+@kernel("attention", "betas")
 def map_backward_kernel(
     x,
     grad,
     attention,
     matrices,
+    betas,
     partial,
     partial_w,
     partial_b,
+    step: tl.int32,
+    slots: tl.int32,
     slices: tl.int32,
     P2: tl.int32,
     chunks: tl.int32,
@@ -230,8 +182,9 @@ def map_backward_kernel(
 ):
     """First pass backward: partial ``D_ij = <G_i Wv, X_j>``, and the value projection's gradients on the way.
 
-    Reads ``x`` and the gradient once. ``partial`` ``(N, parts, SP, SP)``; ``partial_b`` ``(N, parts, K)`` sums the
-    gradient over voxels; with ``WEIGHTS`` ``partial_w`` ``(N, parts, K, K)`` holds ``G^T (A X)``.
+    Reads ``x`` and the gradient once. ``partial`` ``(N, parts, SP, SP)``; ``partial_b`` ``(steps, slots, K)``, with at
+    least ``N * parts`` slots, sums the gradient over voxels; with ``WEIGHTS`` ``beta G^T (A X)`` is added to
+    ``partial_w`` ``(slots, K, K)``.
     """
     part = tl.program_id(0) % parts
     n = (tl.program_id(0) // parts).to(tl.int64)
@@ -241,7 +194,7 @@ def map_backward_kernel(
     k = tl.arange(0, K)
     weights = tl.load(matrices + 2 * K * K + k[:, None] * K + k[None, :])
     if WEIGHTS:
-        mixing = tl.load(attention + n * SP * SP + j[:, None] * SP + j[None, :])
+        mixing = whole_map(attention, n, j, slices, x)
     contracted = tl.zeros((SP, SP), partial.dtype.element_ty)
     total_w = tl.zeros((K, K), partial.dtype.element_ty)
     total_b = tl.zeros((K,), partial.dtype.element_ty)
@@ -259,17 +212,17 @@ def map_backward_kernel(
             total_w = dot(tl.trans(upstream), mixed, total_w, PRECISION)
     index = n * parts + part
     tl.store(partial + index * SP * SP + j[:, None] * SP + j[None, :], contracted)
-    tl.store(partial_b + index * K + k, total_b)
+    tl.store(partial_b + (step * slots + index) * K + k, total_b)
     if WEIGHTS:
-        tl.store(partial_w + index * K * K + k[:, None] * K + k[None, :], total_w)
+        target = partial_w + index * K * K + k[:, None] * K + k[None, :]
+        tl.store(target, tl.load(target) + tl.load(betas + step).to(total_w.dtype) * total_w)
 
 
 @kernel("betas")
 def mix_backward_kernel(
     x,
     grad,
-    attention,
-    grad_logits,
+    planes,
     matrices,
     vectors,
     betas,
@@ -277,6 +230,7 @@ def mix_backward_kernel(
     partial_m,
     partial_u,
     step: tl.int32,
+    batch: tl.int32,
     slices: tl.int32,
     P2: tl.int32,
     chunks: tl.int32,
@@ -296,9 +250,9 @@ def mix_backward_kernel(
 ):
     """Second pass backward: ``dX = G + beta A^T (G Wv) + (dL X) M^T + (dL^T X) M + c u``, where ``c_j = sum_i dL_ij``.
 
-    Reads ``x`` and the gradient, writes ``grad_x`` (which may be ``grad``) with ``VOLUME``. With ``WEIGHTS``
-    ``partial_m`` ``(N, parts, K, K)`` holds ``X^T (dL X)``, ``partial_u`` ``(N, parts, K)`` its columns' sums,
-    those of ``dL X``.
+    ``planes`` ``(2, N, SP, SP)`` are dL and A. Reads ``x`` and the gradient, writes ``grad_x`` (which may be ``grad``) with ``VOLUME``. With ``WEIGHTS``
+    ``X^T (dL X)`` is added to ``partial_m`` ``(slots, K, K)``, and the columns' sums of ``dL X`` to ``partial_u``
+    ``(slots, K)``.
     """
     part = tl.program_id(0) % parts
     n = (tl.program_id(0) // parts).to(tl.int64)
@@ -309,15 +263,18 @@ def mix_backward_kernel(
     k = tl.arange(0, K)
     square = k[:, None] * K + k[None, :]
     folded = tl.load(matrices + square)
-    spread = tl.load(grad_logits + n * SP * SP + j[:, None] * SP + j[None, :])
+    plane = planes + n * SP * SP + j[:, None] * SP + j[None, :]
+    spread = tl.load(plane)
     bias = tl.load(vectors + k)
     if VOLUME:
         weights = tl.load(matrices + 2 * K * K + square)
-        mixing = tl.load(attention + n * SP * SP + j[:, None] * SP + j[None, :])
+        mixing = tl.load(plane + batch.to(tl.int64) * SP * SP)
         column_sums = tl.sum(spread.to(bias.dtype), 0)
     scale = tl.load(betas + step).to(bias.dtype)
-    total_m = tl.zeros((K, K), bias.dtype)
-    total_u = tl.zeros((K,), bias.dtype)
+    index = n * parts + part
+    if WEIGHTS:
+        total_m = tl.load(partial_m + index * K * K + square)
+        total_u = tl.load(partial_u + index * K + k)
     for chunk in range(part, chunks, parts):
         start, offsets, exists = columns(chunk, P2, v1, v2, C, PB, K, FLAT)
         entries = start + places(j, offsets, vs, C)
@@ -338,67 +295,5 @@ def mix_backward_kernel(
             total = dot(moved, folded, total, PRECISION) + column_sums[:, None] * bias[None, :]
             tl.store(grad_x + entries, total.to(tile.dtype), mask=inside)
     if WEIGHTS:
-        index = n * parts + part
         tl.store(partial_m + index * K * K + square, total_m)
         tl.store(partial_u + index * K + k, total_u)
-
-
-@triton.jit
-def add_vectors(partial, total, parts, column, C: tl.constexpr, PB: tl.constexpr, K: tl.constexpr, NQ: tl.constexpr):
-    """Adds ``PB`` pieces of ``C`` entries from each row of ``(parts, K)`` to ``total`` ``(C,)``."""
-    q = tl.arange(0, NQ)
-    sums = tl.zeros((column.shape[0],), total.dtype.element_ty)
-    for first in range(0, parts * PB, NQ):
-        place = first + q
-        start = (place // PB) * K + (place % PB) * C
-        inside = (place[:, None] < parts * PB) & (column[None, :] < C)
-        sums += tl.sum(tl.load(partial + start[:, None] + column[None, :], mask=inside, other=0.0), 0)
-    target = total + column
-    tl.store(target, tl.load(target, mask=column < C, other=0.0) + sums, mask=column < C)
-
-
-@kernel("betas", "total", "total_vector")
-def unfold_kernel(
-    partial,
-    partial_vector,
-    betas,
-    total,
-    total_vector,
-    step: tl.int32,
-    parts: tl.int32,
-    C: tl.constexpr,
-    PB: tl.constexpr,
-    K: tl.constexpr,
-    CP: tl.constexpr,
-    BR: tl.constexpr,
-    NQ: tl.constexpr,
-    MATRIX: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """Sums partial gradients of block-diagonal weights in a fixed order: a program for ``BR`` rows of ``(C, C)``.
-
-    ``partial`` ``(parts, K, K)`` and ``partial_vector`` ``(parts, K)`` are summed over parts and over the ``PB``
-    diagonal blocks. ``total`` ``(C, C)`` is added to, times beta with ``SCALED``; ``total_vector`` ``(C,)`` too,
-    unscaled.
-    """
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    column = tl.arange(0, CP)
-    q = tl.arange(0, NQ)
-    if MATRIX:
-        sums = tl.zeros((BR, CP), total.dtype.element_ty)
-        inside = (row[:, None] < C) & (column[None, :] < C)
-        for first in range(0, parts * PB, NQ):
-            place = first + q
-            start = (place // PB).to(tl.int64) * K * K + (place % PB) * C * (K + 1)
-            blocks = tl.load(
-                partial + start[:, None, None] + row[None, :, None] * K + column[None, None, :],
-                mask=(place < parts * PB)[:, None, None] & inside[None, :, :],
-                other=0.0,
-            )
-            sums += tl.sum(blocks, 0)
-        if SCALED:
-            sums *= tl.load(betas + step).to(sums.dtype)
-        target = total + row[:, None] * C + column[None, :]
-        tl.store(target, tl.load(target, mask=inside, other=0.0) + sums, mask=inside)
-    if tl.program_id(0) == 0:
-        add_vectors(partial_vector, total_vector, parts, column, C, PB, K, NQ)

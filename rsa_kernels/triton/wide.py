@@ -91,14 +91,12 @@ def contract_kernel(
     tl.store(partial + (n * parts + part) * SP * SP + i[:, None] * SP + j[None, :], total / SHRINK)
 
 
-@kernel("betas", "vector")
+@kernel("betas")
 def mix_kernel(
     volume,
     matrix,
     base,
     betas,
-    row_scale,
-    vector,
     out,
     step: tl.int32,
     slices: tl.int32,
@@ -117,15 +115,13 @@ def mix_kernel(
     BJ: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BASE: tl.constexpr,
-    RANK_ONE: tl.constexpr,
     VOLUME_ROW: tl.constexpr,
     OUT_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``out_i = sum_j A_ij volume_j``; ``base + beta * (...)`` if ``BASE``; ``+ row_scale_i vector`` if ``RANK_ONE``.
+    """``out_i = sum_j A_ij volume_j``, or ``base + beta * (...)`` with ``BASE``.
 
-    ``A`` is ``matrix`` ``(N, SP, SP)``, or its transpose with ``TRANSPOSED``; ``row_scale`` is ``(N, SP)``, ``vector``
-    ``(C,)``. One program per ``BI`` slices and chunk.
+    ``A`` is ``matrix`` ``(N, SP, SP)``, or its transpose with ``TRANSPOSED``. One program per ``BI`` slices and chunk.
     """
     blocks = tl.cdiv(slices, BI)
     i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
@@ -147,12 +143,108 @@ def mix_kernel(
     if BASE:
         rest = load_tile(base + n * vn * C, start, offsets, channel, exists, i, slices, vs, C)
         total = rest.to(dtype) + tl.load(betas + step).to(dtype) * total
-    if RANK_ONE:
-        scales = tl.load(row_scale + n * SP + i)
-        total += scales[:, None] * tl.load(vector + channel, mask=exists, other=0.0).to(dtype)[None, :]
     entries = (start + places(i, offsets, vs, 1)) * OUT_ROW + channel[None, :]
     tl.store(
         out + n * vn * OUT_ROW + entries,
         total.to(out.dtype.element_ty),
         mask=(i[:, None] < slices) & exists[None, :],
     )
+
+
+@kernel()
+def mix_backward_kernel(
+    x,
+    grad,
+    matrices,
+    moved,
+    first: tl.int32,
+    count: tl.int32,
+    batch: tl.int32,
+    slices: tl.int32,
+    P2: tl.int32,
+    chunks: tl.int32,
+    vn: tl.int64,
+    vs: tl.int64,
+    v1: tl.int64,
+    v2: tl.int64,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    PB: tl.constexpr,
+    K: tl.constexpr,
+    SP: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Volumes side by side in ``moved`` ``(V, ROW)``: ``dL^T X``, ``beta A^T G``, ``dL X``, ``C`` columns each.
+
+    ``matrices`` ``(3, N, SP, SP)`` holds the three factors; ``count`` products are made, from number ``first`` on. With
+    ``dL^T X`` come the remaining columns of ``moved``: ``c_j = sum_i dL_ij``, and zeros. One program per product,
+    ``BI`` slices and chunk; those that read the same chunk are neighbours.
+    """
+    which = first + tl.program_id(0) % count
+    blocks = tl.cdiv(slices, BI)
+    rest = tl.program_id(0) // count
+    i = rest % blocks * BI + tl.arange(0, BI)
+    chunk = rest // blocks % chunks
+    n = (rest // blocks // chunks).to(tl.int64)
+    start, offsets, channel, exists = place_columns(chunk, P2, v1, v2, C, BC, PB, K)
+    matrix = matrices + (which * batch + n) * SP * SP
+    volume = tl.where(which == 1, grad, x) + n * vn * C
+    dtype: tl.constexpr = tl.float64 if moved.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros((BI, K), dtype)
+    for column in range(0, slices, BJ):
+        j = column + tl.arange(0, BJ)
+        block = tl.load(matrix + i[:, None] * SP + j[None, :])
+        tile = load_tile(volume, start, offsets, channel, exists, j, slices, vs, C)
+        total = dot(block, tile, total, PRECISION)
+    entries = (n * vn + start + places(i, offsets, vs, 1)) * ROW + channel[None, :]
+    inside = (i[:, None] < slices) & exists[None, :]
+    tl.store(moved + which * C + entries, total.to(moved.dtype.element_ty), mask=inside)
+    if (which == 0) & (chunk % ((C + BC - 1) // BC) == 0):
+        row_sums = tl.zeros((BI,), dtype)
+        for column in range(0, slices, BJ):
+            j = column + tl.arange(0, BJ)
+            row_sums += tl.sum(tl.load(matrix + i[:, None] * SP + j[None, :]).to(dtype), 1)
+        rest_of_row = tl.where(channel[None, :] == 0, row_sums[:, None], 0.0).to(moved.dtype.element_ty)
+        tl.store(moved + 3 * C + entries, rest_of_row, mask=inside & (channel < ROW - 3 * C)[None, :])
+
+
+@kernel()
+def sum_kernel(
+    grad,
+    moved,
+    partial_b,
+    partial_u,
+    step: tl.int32,
+    voxels: tl.int64,
+    slots: tl.int32,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    BR: tl.constexpr,
+    ROW: tl.constexpr,
+    MOVED: tl.constexpr,
+):
+    """Sums over voxels: of the gradient ``(V, C)`` into ``partial_b`` ``(steps, slots, C)``, and of ``dL X``.
+
+    The latter, with ``MOVED``, is the third volume of ``moved`` ``(V, ROW)``, and added to ``partial_u`` ``(slots, C)``.
+    A program sums ``BC`` channels of every ``slots``-th block of ``BR`` voxels.
+    """
+    blocks: tl.constexpr = (C + BC - 1) // BC
+    column = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    slot = tl.program_id(0) // blocks
+    total_b = tl.zeros((BR, BC), partial_b.dtype.element_ty)
+    total_u = tl.zeros((BR, BC), partial_b.dtype.element_ty)
+    for block in range(slot, tl.cdiv(voxels, BR).to(tl.int32), slots):
+        row = block * tl.full((BR,), BR, tl.int64) + tl.arange(0, BR)
+        inside = (row[:, None] < voxels) & (column[None, :] < C)
+        total_b += tl.load(grad + row[:, None] * C + column[None, :], mask=inside, other=0.0).to(total_b.dtype)
+        if MOVED:
+            values = tl.load(moved + row[:, None] * ROW + 2 * C + column[None, :], mask=inside, other=0.0)
+            total_u += values.to(total_u.dtype)
+    tl.store(partial_b + (step * slots + slot) * C + column, tl.sum(total_b, 0), mask=column < C)
+    if MOVED:
+        target = partial_u + slot * C + column
+        before = tl.load(target, mask=column < C, other=0.0)
+        tl.store(target, before + tl.sum(total_u, 0), mask=column < C)

@@ -27,9 +27,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import recording  # noqa: E402
 
-from rsa_kernels.triton import maps, narrow, tuning, volumes, wide  # noqa: E402
+from rsa_kernels.triton import maps, narrow, tuning, volumes, weights, wide  # noqa: E402
 
-MODULES = {"maps": maps, "narrow": narrow, "volumes": volumes, "wide": wide}
+MODULES = {"maps": maps, "narrow": narrow, "volumes": volumes, "weights": weights, "wide": wide}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # KiB of shared memory a program may have. The table of 8.0 also serves 8.6, 8.9 and 12.x, which have the least.
 SHARED_LIMITS = {"sm_80": 99, "sm_90": 227, "sm_100": 227}
@@ -42,7 +42,7 @@ DTYPES["fp64"] = torch.float64
 OPERATION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9a-z._]+)", re.MULTILINE)
 MATRIX = ("HMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
 PRODUCTS = {"narrow.map", "narrow.mix", "narrow.map_backward", "narrow.mix_backward"}
-PRODUCTS |= {"wide.contract", "wide.mix"}
+PRODUCTS |= {"wide.contract", "wide.mix", "wide.mix_backward"}
 
 
 def launches(arch, dtype_name):

@@ -82,11 +82,11 @@ def test_a_step_forward_is_three_launches_and_in_the_wide_regime_a_product_besid
         return names(made)
 
     assert forward((1, 32, 20, 20, 20)) == [
-        *("narrow.fold", "narrow.map", "maps.softmax", "narrow.mix"),
+        *("weights.fold", "narrow.map", "maps.softmax", "narrow.mix"),
         *("narrow.map", "maps.softmax", "narrow.mix") * 2,
     ]
     assert forward((1, 512, 10, 14, 10)) == [
-        *("narrow.fold", "wide.contract", "maps.softmax", "wide.mix"),
+        *("weights.fold", "wide.contract", "maps.softmax", "wide.mix"),
         *("wide.contract", "maps.softmax", "wide.mix") * 2,
     ]
 
