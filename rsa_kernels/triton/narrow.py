@@ -250,9 +250,9 @@ def mix_backward_kernel(
 ):
     """Second pass backward: ``dX = G + beta A^T (G Wv) + (dL X) M^T + (dL^T X) M + c u``, where ``c_j = sum_i dL_ij``.
 
-    ``planes`` ``(2, N, SP, SP)`` are dL and A. Reads ``x`` and the gradient, writes ``grad_x`` (which may be ``grad``) with ``VOLUME``. With ``WEIGHTS``
-    ``X^T (dL X)`` is added to ``partial_m`` ``(slots, K, K)``, and the columns' sums of ``dL X`` to ``partial_u``
-    ``(slots, K)``.
+    ``planes`` ``(2, N, SP, SP)`` are dL and A. Reads ``x`` and the gradient, writes ``grad_x`` (which may be ``grad``)
+    with ``VOLUME``. With ``WEIGHTS`` ``X^T (dL X)`` is added to ``partial_m`` ``(slots, K, K)``, and the columns' sums
+    of ``dL X`` to ``partial_u`` ``(slots, K)``.
     """
     part = tl.program_id(0) % parts
     n = (tl.program_id(0) // parts).to(tl.int64)

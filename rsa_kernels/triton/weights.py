@@ -156,17 +156,16 @@ def unfold_kernel(
     pid = tl.program_id(0)
     column = tl.arange(0, CP)
     vector = pid - 2 * groups
-    if MATRICES:
-        if vector < 0:
-            row = pid % groups * BR + tl.arange(0, BR)
-            if pid < groups:
-                sums = sum_blocks(partial_w, slots_w, row, column, C, PB_W, K_W, NQ)
-                target = matrices + row[:, None] * C + column[None, :]
-            else:
-                sums = sum_blocks(partial_m, slots_m, row, column, C, PB_M, K_M, NQ)
-                target = matrices + C * C + column[None, :] * C + row[:, None]
-            inside = (row[:, None] < C) & (column[None, :] < C)
-            tl.store(target, tl.load(target, mask=inside, other=0.0) + sums, mask=inside)
+    if MATRICES and vector < 0:
+        row = pid % groups * BR + tl.arange(0, BR)
+        if pid < groups:
+            sums = sum_blocks(partial_w, slots_w, row, column, C, PB_W, K_W, NQ)
+            target = matrices + row[:, None] * C + column[None, :]
+        else:
+            sums = sum_blocks(partial_m, slots_m, row, column, C, PB_M, K_M, NQ)
+            target = matrices + C * C + column[None, :] * C + row[:, None]
+        inside = (row[:, None] < C) & (column[None, :] < C)
+        tl.store(target, tl.load(target, mask=inside, other=0.0) + sums, mask=inside)
     total = vectors + vector * C
     if vector == steps:
         add_vector(partial_u, total, slots_m, column, C, PB_M, K_M, NQ)

@@ -228,8 +228,8 @@ def sum_kernel(
 ):
     """Sums over voxels: of the gradient ``(V, C)`` into ``partial_b`` ``(steps, slots, C)``, and of ``dL X``.
 
-    The latter, with ``MOVED``, is the third volume of ``moved`` ``(V, ROW)``, and added to ``partial_u`` ``(slots, C)``.
-    A program sums ``BC`` channels of every ``slots``-th block of ``BR`` voxels.
+    The latter, with ``MOVED``, is the third volume of ``moved`` ``(V, ROW)``, and added to ``partial_u``
+    ``(slots, C)``. A program sums ``BC`` channels of every ``slots``-th block of ``BR`` voxels.
     """
     blocks: tl.constexpr = (C + BC - 1) // BC
     column = tl.program_id(0) % blocks * BC + tl.arange(0, BC)

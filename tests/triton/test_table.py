@@ -65,7 +65,7 @@ def test_the_regimes_are_chosen_where_they_serve():
     for channels in (8, 16, 32, 64):
         for slices in (5, 32, 64, 128):
             assert narrow <= kernels((1, channels, slices, 2, 3))
-    assert {"narrow.map", "wide.mix"} <= kernels((1, 32, 192, 2, 3))  # forward narrow, backward wide
+    assert {"narrow.map", "wide.mix_backward"} <= kernels((1, 32, 192, 2, 3))  # forward narrow, backward wide
     assert kernels((1, 256, 32, 2, 3)).isdisjoint(narrow)
     assert kernels((1, 32, 64, 2, 3), torch.float32).isdisjoint(narrow)
     assert kernels((1, 32, 64, 2, 3), arch="hip").isdisjoint(narrow)
@@ -188,7 +188,7 @@ def test_tuning_finds_what_is_faster_and_leaves_the_rest(tmp_path, monkeypatch):
 )
 def test_tuning_tunes_what_a_block_launches(shape, dtype):
     made = set(names(launches("sm_90", shape, (2,), dtype)))
-    table_names = {"wide.mix": "mix_slices", "wide.contract": "contract"}
+    table_names = {"wide.mix": "mix_slices", "wide.mix_backward": "mix_slices", "wide.contract": "contract"}
     launched = {table_names.get(name, name.removeprefix("narrow.")) for name in made}
     tuned = {kernel for kernel, _ in tune.kernels_of("sm_90", tuning.kind(dtype), shape[2], shape[1])}
     assert tuned == launched & set(tuning.NARROW_KERNELS + tuning.WIDE_KERNELS)
