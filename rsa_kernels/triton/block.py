@@ -26,8 +26,9 @@ ROW_ELEMENTS = 8192
 # Half precision ends at 65504, and the folded query, a product with two weights, can be larger than either alone: it is
 # rounded as many times smaller, and the logits, which are float32, are as many times larger again.
 HALF_SHRINK = 2.0**-8
-# Voxels and channels that are summed together.
-SUM_TILE = (64, 64)
+# Elements that a program sums over voxels together, of at most so many channels.
+SUM_ELEMENTS = 4096
+SUM_CHANNELS = 64
 
 
 class Cut(NamedTuple):
@@ -55,6 +56,12 @@ def cut(geometry: Geometry, tiling: Tiling, channels: int, batch: int, blocks: i
 def parts_at_once(elements: int) -> int:
     """How many parts of so many elements a program sums at a time."""
     return max(1, min(128, ROW_ELEMENTS // elements))
+
+
+def sum_tile(channels: int) -> tuple[int, int]:
+    """Voxels and channels that a program sums at a time."""
+    columns = min(SUM_CHANNELS, tuning.bucket(channels))
+    return SUM_ELEMENTS // columns, columns
 
 
 def rows_of(volume: Tensor) -> Tensor:
@@ -390,7 +397,7 @@ class Machine:
 
     def sum_voxels(self, step: "Step", moved: Tensor, sums: "Sums", need: bool) -> None:
         """Keeps the upstream gradient's sum over voxels; with ``need`` adds to the sums that of ``dL X``."""
-        rows, columns = SUM_TILE
+        rows, columns = sum_tile(self.channels)
         self.launch(
             wide.sum_kernel,
             sums.slots_w * -(-self.channels // columns),
@@ -567,7 +574,7 @@ def _room(machine: Machine, plans: Sequence[Plan]) -> tuple[Totals, dict[tuple[i
                 for tiling in plan.tilings
             ]
         else:
-            rows, columns = SUM_TILE
+            rows, columns = sum_tile(channels)
             voxels = math.prod(machine.shape) // channels
             slots = [max(1, min(-(-voxels // rows), 2 * machine.processors // -(-channels // columns)))] * 2
         groups[plan.group] = [max(pair) for pair in zip(slots, groups.get(plan.group, (1, 1)), strict=True)]

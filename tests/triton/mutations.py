@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mutations import prove
 
-NARROW, WIDE, MAPS = (f"rsa_kernels/triton/{name}.py" for name in ("narrow", "wide", "maps"))
+NARROW, WIDE, MAPS, WEIGHTS = (f"rsa_kernels/triton/{name}.py" for name in ("narrow", "wide", "maps", "weights"))
 TILES, VOLUMES, BLOCK = (f"rsa_kernels/triton/{name}.py" for name in ("tiles", "volumes", "block"))
 SHAPES = "any_shape_in_every_regime"
 
@@ -36,7 +36,7 @@ FAULTS = [
     ("the map is not transposed backward", NARROW, "dot(tl.trans(mixing), value", "dot(mixing, value", SHAPES),
     (
         "only the first diagonal block of the weights' gradient counts",
-        NARROW,
+        WEIGHTS,
         "(place % PB) * C * (K + 1)",
         "0",
         SHAPES,
@@ -58,7 +58,16 @@ FAULTS = [
         "memory_is_written",
     ),
     ("rounding loses the sums of the gradient's rows", MAPS, "matrix + lost[:, None]", "matrix", "keep_the_sums"),
-    ("one weight serves for both, side by side", NARROW, "= K if SIDE_BY_SIDE", "= 0 if SIDE_BY_SIDE", SHAPES),
+    (
+        "one weight serves for both, side by side",
+        WEIGHTS,
+        "matrices + K + place, value",
+        "matrices + place, value",
+        SHAPES,
+    ),
+    ("the last step's sums replace the others'", NARROW, "tl.load(target) + tl.load(betas", "tl.load(betas", SHAPES),
+    ("the gradient of u reaches no weight", WEIGHTS, "phi_total += bias[:, None] *", "phi_total += 0 *", SHAPES),
+    ("what u adds to the volume's gradient is missing", WIDE, "row_sums[:, None], 0.0)", "0.0, 0.0)", SHAPES),
     ("channels beyond the last count", WIDE, " & (channel < C)", "", SHAPES),
     (
         "blocks of columns beyond the first are left out",
