@@ -130,8 +130,10 @@ def test_everything_is_launched_on_the_current_stream(shape, memory_format, back
     assert not busy.query(), "the default stream was waited for"
     # Read on the side stream, before the default stream could have delivered anything.
     with torch.cuda.stream(side):
-        assert_same_bits(results, expected)
+        seen = [result.clone() for result in results]
+    side.synchronize()
     assert not busy.query()
+    assert_same_bits(seen, expected)
 
 
 @asks_cuda
