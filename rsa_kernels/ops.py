@@ -190,10 +190,13 @@ class _Block(torch.autograd.Function):
         ctx.save_for_backward(x, *tensors, *maps, *inputs)
         ctx.arguments = (axes, scale, backend)
         ctx.mark_non_differentiable(*maps)
+        ctx.set_materialize_grads(False)  # the maps have none, and zeros for them would be made for nothing
         return out, *maps
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         axes, scale, backend = ctx.arguments
         x, *saved = ctx.saved_tensors
         count = len(Gradients._fields) - 1
@@ -212,10 +215,13 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, weights)
         ctx.arguments = (axis, scale, backend)
         ctx.mark_non_differentiable(weights)
+        ctx.set_materialize_grads(False)
         return out, weights
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         axis, scale, backend = ctx.arguments
         needs = list(ctx.needs_input_grad[3:])
         grads = iter(attention_backward(grad, *ctx.saved_tensors, axis, scale, needs, backend))

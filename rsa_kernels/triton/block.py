@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from rsa_kernels.folding import Gradients, Projections, accumulation_dtype
-from rsa_kernels.triton import maps, narrow, tuning, weights, wide
+from rsa_kernels.triton import maps, narrow, tuning, wide
 from rsa_kernels.triton.launch import INTERPRETED, OnDevice, bind
 from rsa_kernels.triton.tuning import Tiling
 from rsa_kernels.triton.volumes import ALIGNMENT, Geometry, empty_packed, geometry, pack, unpack
+from rsa_kernels.triton.weights import PAD, collect_kernel, fold_kernel, unfold_kernel
 
 # A program that walks chunks should have some, or its share of a partial map costs more than it saves.
 CHUNKS_PER_PROGRAM = 2
@@ -80,7 +81,7 @@ def _row(volume: Tensor) -> int:
 
 
 class Folded(NamedTuple):
-    """Weights as kernels or products read them; see :func:`rsa_kernels.triton.narrow.fold_kernel`."""
+    """Weights as kernels or products read them; see :func:`rsa_kernels.triton.weights.fold_kernel`."""
 
     matrices: Tensor
     vectors: Tensor
@@ -174,8 +175,8 @@ class Machine:
         :func:`rsa_kernels.triton.maps.softmax_backward_kernel`.
         """
         parts, padded = partial.shape[1:3]
-        shape = (self.batch, padded, padded)
-        grad_logits = self.scratch("grad_logits", *((planes, *shape) if planes > 1 else shape), dtype=self.dtype)
+        shape = (self.batch, padded, padded) if planes == 1 else (planes, self.batch, padded, padded)
+        grad_logits = self.scratch("grad_logits", *shape, dtype=self.dtype)
         if row_dots is None:
             row_dots = self.empty(1, self.batch, padded)
         betas, logit_betas, step = scales or (row_dots, row_dots, 0)
@@ -200,14 +201,14 @@ class Machine:
         """The weights in a layout of :func:`rsa_kernels.triton.weights.fold_kernel`; in blocks of so many columns."""
         channels = self.channels
         columns = columns or channels
-        rows = 3 * channels + min(channels, weights.PAD)
+        rows = 3 * channels + min(channels, PAD)
         shape = {"blocks": (3, columns, columns), "row": (channels, 2 * channels), "column": (rows, channels)}[layout]
         vectors_dtype = self.precise if layout == "blocks" else self.dtype
         folded = Folded(self.empty(*shape, dtype=self.dtype), self.empty(2, columns, dtype=vectors_dtype))
         theta_weight, theta_bias, phi_weight, _, g_weight, g_bias = published
         tile, precision = self._products_of_weights()
         self.launch(
-            weights.fold_kernel,
+            fold_kernel,
             (-(-columns // tile)) ** 2,
             (4, 3),
             (theta_weight, theta_bias, phi_weight, g_weight, g_bias, *folded),
@@ -221,7 +222,7 @@ class Machine:
         rows = width if INTERPRETED else 1
         matrices = sums.w is not None
         self.launch(
-            weights.unfold_kernel,
+            unfold_kernel,
             (2 * -(-channels // rows) if matrices else 0) + steps + 1,
             (8, 1),
             (
@@ -237,10 +238,10 @@ class Machine:
         gradients = [torch.empty_like(tensor) for tensor in (*published, betas)]
         theta_weight, theta_bias, phi_weight, _, _, g_bias = published
         tile, precision = self._products_of_weights()
-        tile = min(tile, 32) if not INTERPRETED else tile
+        tile = tile if INTERPRETED else 32  # two products at once: larger tiles do not fit registers
         steps, batch, padded = totals.row_dots.shape
         self.launch(
-            weights.collect_kernel,
+            collect_kernel,
             (-(-self.channels // tile)) ** 2,
             (8, 2),
             (

@@ -22,7 +22,7 @@ class Bound:
         self._kernel = kernel
         self._options = {"num_warps": warps, "num_stages": stages}
         self._constants = constants
-        self._compiled = self._run = None
+        self._compiled = self._run = self._handles = None
 
     def __call__(self, programs: int, stream: int, *arguments: Tensor | int) -> None:
         """Launches ``programs`` programs on a stream of the current device."""
@@ -33,7 +33,8 @@ class Bound:
             self._compiled = self._kernel.warmup(*arguments, *self._constants, grid=(programs,), **self._options)
             self._run = self._compiled.run  # loads the kernel on the current device
             self._handles = self._compiled.function, self._compiled.packed_metadata
-        if getattr(triton.knobs.runtime.launch_enter_hook, "calls", None):  # a profiler that wants to hear of it
+        hook = triton.knobs.runtime.launch_enter_hook
+        if getattr(hook, "calls", hook):  # a profiler wants to hear of it
             self._compiled[(programs, 1, 1)](*arguments, *self._constants, stream=stream)
             return
         self._run(programs, 1, 1, stream, *self._handles, None, None, None, *arguments, *self._constants)

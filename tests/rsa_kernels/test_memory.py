@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import BACKENDS, random_block, random_volume
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.published import published
 from rsa_kernels import folded, recurrent_slice_attention, slice_attention
@@ -121,3 +122,44 @@ def test_nothing_is_kept_without_gradients(mode, backend):
         out = recurrent_slice_attention(*tensors, backend=backend)
     assert live == [0]
     assert not out.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradients_are_made_for_maps(backend):
+    made = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor):
+                made.append((str(function), tuple(result.shape)))
+            return result
+
+    x, *weights = inputs()
+    block = recurrent_slice_attention(x, *weights, backend=backend)
+    attention = slice_attention(x, x, x, 3, backend=backend)
+    upstream = torch.ones_like(block)
+    with Note():
+        torch.autograd.grad([block, attention], x, [upstream, upstream])
+    zeros = [shape for function, shape in made if function.startswith(("aten.zeros", "aten.new_zeros"))]
+    assert made
+    assert not {(2, size, size) for size in SHAPE[2:]} & set(zeros)
+
+
+class Swallow(torch.autograd.Function):
+    """Passes a volume on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_where_no_gradient_comes_none_goes_on():
+    x, *weights = inputs()
+    for out in (recurrent_slice_attention(x, *weights), slice_attention(x, x, x, 3)):
+        gradients = torch.autograd.grad(Swallow.apply(out).sum(), [x, weights[0]], allow_unused=True)
+        assert gradients == (None, None)
