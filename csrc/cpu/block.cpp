@@ -125,8 +125,10 @@ class Driver {
     // Sums of each part: over all steps, but for those of the gradient, which have a beta of their own.
     Sums folded(parts, need_folded ? panels : 0), value(parts, need_value ? panels : 0);
     for (Sums* sums : {&folded, &value}) {
-      if (sums->size) sums->data = room(parts * sums->size);
-      if (sums->size) std::memset(sums->data, 0, parts * sums->size * sizeof(T));
+      const int64_t count = parts * sums->size;
+      if (!count) continue;
+      sums->data = room(count);
+      elements(count, count, [&](int64_t begin, int64_t end) { std::fill(sums->data + begin, sums->data + end, T(0)); });
     }
     std::vector<double> u_grad(parts * padded), g_bias_grad(channels);
 
@@ -176,8 +178,8 @@ class Driver {
 
     for (T* done : {read_m_, read_value_, read_m_transposed, read_value_transposed}) give_back(done);
     for (int64_t c = 0; c < channels; ++c) static_cast<T*>(grads.g_bias)[c] = static_cast<T>(g_bias_grad[c]);
-    if (need_value) unpack(channels, total(value), grads.g_weight);
-    if (need_folded) unfold(channels, weights, total(folded), u_grad, padded, grads);
+    if (need_value) unpack(channels, total(value, 1), grads.g_weight);
+    if (need_folded) unfold(channels, weights, total(folded, block_.scale), u_grad, padded, grads);
   }
 
   void contract(const Volume& left, const Volume& right, T* logits) {
@@ -395,13 +397,23 @@ class Driver {
     });
   }
 
+  // Some of `count` elements, on all threads if that reads or writes many.
+  template <class Body>
+  void elements(int64_t count, int64_t touched, const Body& body) {
+    if (touched < SERIAL / 16) {
+      body(0, count);
+    } else {
+      host_.parallel(count, body);
+    }
+  }
+
   // Rows of a product of two (C, C) matrices, on all threads if they are large.
   template <class Body>
   void rows_of_matrix(int64_t channels, const Body& body) {
     if (channels * channels * channels < SERIAL) {
       body(0, channels);
     } else {
-      constexpr int64_t ROWS = 48;
+      constexpr int64_t ROWS = 16;
       host_.parallel((channels + ROWS - 1) / ROWS, [&](int64_t begin, int64_t end) {
         body(begin * ROWS, std::min(channels, end * ROWS));
       });
@@ -423,42 +435,36 @@ class Driver {
     give_back(theta);
     give_back(phi_panels);
     const T scale = static_cast<T>(block_.scale);
-    if (scale != 1) {
-      for (int64_t i = 0; i < panels; ++i) m[i] *= scale;
-    }
+    elements(panels, panels, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) m[i] *= scale;
+    });
     const T *phi = static_cast<const T*>(weights.phi_weight), *bias = static_cast<const T*>(weights.theta_bias);
     std::vector<double> u(channels);
-    for (int64_t row = 0; row < channels; ++row) {
-      for (int64_t c = 0; c < channels; ++c) u[c] += static_cast<double>(bias[row]) * phi[row * channels + c];
-    }
+    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
+      for (int64_t row = 0; row < channels; ++row) {
+        for (int64_t c = begin; c < end; ++c) u[c] += static_cast<double>(bias[row]) * phi[row * channels + c];
+      }
+    });
     for (int64_t c = 0; c < channels; ++c) u_[c] = static_cast<T>(block_.scale * u[c]);
     return m;
   }
 
-  // The sum of all parts, in the place of the first.
-  T* total(const Sums& sums) {
-    const auto some = [&](int64_t begin, int64_t end) {
+  // The sum of all parts times `scale`, in the place of the first.
+  T* total(const Sums& sums, double scale) {
+    elements(sums.size, sums.parts * sums.size, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         double sum = sums.data[i];
         for (int64_t part = 1; part < sums.parts; ++part) sum += sums.data[part * sums.size + i];
-        sums.data[i] = static_cast<T>(sum);
+        sums.data[i] = static_cast<T>(scale * sum);
       }
-    };
-    if (sums.parts * sums.size < SERIAL / 16) {
-      some(0, sums.size);
-    } else {
-      host_.parallel(sums.size, some);
-    }
+    });
     return sums.data;
   }
 
   // Gradients of theta and phi from those of M and u: d theta = phi dM^T, d phi = theta dM + theta_bias du^T,
-  // d theta_bias = phi du.
+  // d theta_bias = phi du. The gradient of M comes with its scale.
   void unfold(int64_t channels, const Weights& weights, T* m_grad, const std::vector<double>& partial_u, int64_t padded,
               const Weights& grads) {
-    const int64_t panels = passes_.panel_elements(channels);
-    const T scale = static_cast<T>(block_.scale);
-    for (int64_t i = 0; i < panels; ++i) m_grad[i] *= scale;
     std::vector<double> u_grad(channels);
     for (size_t at = 0; at < partial_u.size(); at += padded) {
       for (int64_t c = 0; c < channels; ++c) u_grad[c] += block_.scale * partial_u[at + c];
@@ -478,14 +484,16 @@ class Driver {
     product_of(weights.theta_weight, m_grad, grads.phi_weight);
     T* phi_grad = static_cast<T*>(grads.phi_weight);
     const T *phi = static_cast<const T*>(weights.phi_weight), *bias = static_cast<const T*>(weights.theta_bias);
-    for (int64_t row = 0; row < channels; ++row) {
-      double sum = 0;
-      for (int64_t c = 0; c < channels; ++c) {
-        phi_grad[row * channels + c] += static_cast<T>(bias[row] * u_grad[c]);
-        sum += phi[row * channels + c] * u_grad[c];
+    rows_of_matrix(channels, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        double sum = 0;
+        for (int64_t c = 0; c < channels; ++c) {
+          phi_grad[row * channels + c] += static_cast<T>(bias[row] * u_grad[c]);
+          sum += phi[row * channels + c] * u_grad[c];
+        }
+        static_cast<T*>(grads.theta_bias)[row] = static_cast<T>(sum);
       }
-      static_cast<T*>(grads.theta_bias)[row] = static_cast<T>(sum);
-    }
+    });
   }
 
   const Block& block_;

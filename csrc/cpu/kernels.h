@@ -318,9 +318,14 @@ RSA_INLINE void each_run(const Range& range, const View& view, const Runs& runs,
   }
 }
 
-// From a slice to the next in a tile, in voxels: odd, because slices that lie a power of two apart compete for the same
-// places in a cache. What is left over is zero like the lanes beyond C, but for a bias that meets zeros only.
-inline int64_t pitch(int64_t positions) { return positions | 1; }
+// From a slice to the next in a tile, in voxels. Slices that lie a power of two apart compete for the same places in a
+// cache: where those are too few for all slices it is odd. What is left over is zero like the lanes beyond C, but for a
+// bias that meets zeros only.
+inline int64_t pitch(int64_t slices, int64_t positions) {
+  constexpr int64_t PLACES = 128;
+  const int64_t power = smaller(positions & -positions, 16);
+  return slices * power <= PLACES ? positions : positions | 1;
+}
 
 // Calls visit(pointer into the volume, place in the tile, channel, slice, count) for vectors of channels, where those are
 // neighbours in the volume.
@@ -362,7 +367,7 @@ class Reader {
 
   // Positions [begin, begin + positions), which follow those of the call before.
   void read(int64_t begin, int64_t positions, Of<V>* tile) {
-    const int64_t step = pitch(positions), voxels = range_.slices * step;
+    const int64_t step = pitch(range_.slices, positions), voxels = range_.slices * step;
     if (step > positions) {
       for (int64_t panel = 0; panel < panels_.count; ++panel) {
         const int64_t width = panels_.width(panel);
@@ -445,7 +450,7 @@ template <class V, class Stored>
 void unpack(const Panels<V>& panels, const Range& range, const View& view, int64_t begin, int64_t positions,
             const Of<V>* tile, const Of<V>* values, const Of<V>* coefficients) {
   Stored* volume = static_cast<Stored*>(view.data);
-  const int64_t step = pitch(positions), voxels = range.slices * step;
+  const int64_t step = pitch(range.slices, positions), voxels = range.slices * step;
   if (view.channel == 1 && panels.channels > 1) {
     return each_voxel<V, Stored>(panels, range, view, begin, positions, step,
                                  [&](Stored* to, int64_t at, int64_t channel, int64_t slice, int count) {
@@ -515,7 +520,7 @@ struct Kernels {
   static int64_t longest(int64_t tile) { return tile >= LINE ? tile : tile + tile / 2 + 1; }
 
   static int64_t tile_elements(int64_t slices, int64_t channels, int64_t tile) {
-    return slices * Panels<V>(channels).padded * pitch(longest(tile));
+    return slices * Panels<V>(channels).padded * (longest(tile) | 1);
   }
 
   static int64_t copy_elements(int64_t slices, int64_t channels, int64_t tile) {
@@ -562,7 +567,7 @@ struct Kernels {
     T *tile = buffers.tiles[0], *query = buffers.tiles[1];
     Reader<V, Stored> x_reader(panels, range, x, buffers.copies[0]);
     each_tile(range, [&](int64_t begin, int64_t positions) {
-      const int64_t places = pitch(positions), voxels = range.slices * places;
+      const int64_t places = pitch(range.slices, positions), voxels = range.slices * places;
       x_reader.read(begin, positions, tile);
       project_tile<V>(panels, voxels, 0, voxels, tile, static_cast<const T*>(m), query, false, static_cast<const T*>(u));
       contract_tiles<V>(panels, range.slices, places, query, tile, logits);
@@ -576,7 +581,7 @@ struct Kernels {
     T *tile = buffers.tiles[0], *mixed = buffers.tiles[1];
     Reader<V, Stored> x_reader(panels, range, x, buffers.copies[0]);
     each_tile(range, [&](int64_t begin, int64_t positions) {
-      const int64_t places = pitch(positions), voxels = range.slices * places;
+      const int64_t places = pitch(range.slices, positions), voxels = range.slices * places;
       x_reader.read(begin, positions, tile);
       mix_tile<V>(panels, range.slices, places, static_cast<const T*>(attention), range.slices, 1, tile, mixed, false);
       project_tile<V>(panels, voxels, 0, voxels, mixed, static_cast<const T*>(value), tile, true, nullptr);
@@ -593,7 +598,7 @@ struct Kernels {
     Reader<V, Stored> x_reader(panels, range, x, buffers.copies[0]);
     Reader<V, Stored> grad_reader(panels, range, grad, buffers.copies[1]);
     each_tile(range, [&](int64_t begin, int64_t positions) {
-      const int64_t places = pitch(positions), voxels = range.slices * places;
+      const int64_t places = pitch(range.slices, positions), voxels = range.slices * places;
       x_reader.read(begin, positions, tile);
       grad_reader.read(begin, positions, total);
       add_voxels<V>(panels, range.slices, places, total, nullptr, grad_sum);
@@ -620,7 +625,7 @@ struct Kernels {
     Reader<V, Stored> x_reader(panels, range, x, buffers.copies[0]);
     Reader<V, Stored> partial_reader(panels, range, partial, buffers.copies[1]);
     each_tile(range, [&](int64_t begin, int64_t positions) {
-      const int64_t places = pitch(positions), voxels = range.slices * places;
+      const int64_t places = pitch(range.slices, positions), voxels = range.slices * places;
       x_reader.read(begin, positions, tile);
       mix_tile<V>(panels, range.slices, places, matrix, range.slices, 1, tile, mixed, false);
       if (m_grad) {
@@ -643,7 +648,7 @@ struct Kernels {
     Reader<V, Stored> left_reader(panels, range, left, buffers.copies[0]);
     Reader<V, Stored> right_reader(panels, range, right, buffers.copies[1]);
     each_tile(range, [&](int64_t begin, int64_t positions) {
-      const int64_t places = pitch(positions);
+      const int64_t places = pitch(range.slices, positions);
       left_reader.read(begin, positions, buffers.tiles[0]);
       right_reader.read(begin, positions, buffers.tiles[1]);
       contract_tiles<V>(panels, range.slices, places, buffers.tiles[0], buffers.tiles[1], products);
@@ -656,7 +661,7 @@ struct Kernels {
     const int64_t row = transposed ? 1 : range.slices, column = transposed ? range.slices : 1;
     Reader<V, Stored> x_reader(panels, range, x, buffers.copies[0]);
     each_tile(range, [&](int64_t begin, int64_t positions) {
-      const int64_t places = pitch(positions);
+      const int64_t places = pitch(range.slices, positions);
       x_reader.read(begin, positions, buffers.tiles[0]);
       mix_tile<V>(panels, range.slices, places, static_cast<const T*>(matrix), row, column, buffers.tiles[0],
                buffers.tiles[1], false);

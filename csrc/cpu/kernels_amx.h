@@ -422,7 +422,7 @@ inline void prepare(int64_t channels, int64_t begin, int64_t end, const void* pa
 template <class Visit>
 RSA_INLINE void each_tile(const Tiles& panels, const Range& range, const Visit& visit) {
   bf16::Float::each_tile(range, [&](int64_t begin, int64_t positions) {
-    visit(Shape{panels, range.slices, pitch(positions)}, begin, positions);
+    visit(Shape{panels, range.slices, pitch(range.slices, positions)}, begin, positions);
   });
   release();
 }

@@ -582,7 +582,7 @@ class PairReader {
 
   // Positions [begin, begin + positions), which follow those of the call before.
   void read(int64_t begin, int64_t positions, Half* half, Pair* pair) {
-    const int64_t step = pitch(positions);
+    const int64_t step = pitch(range_.slices, positions);
     const Shape shape{panels_, range_.slices, step};
     if (pair) clear_beyond(shape, pair);
     if (step > positions) {
@@ -751,7 +751,7 @@ void turn_channels(const Half* from, int64_t row, Half* to, int64_t channel, int
 inline void unpack_halves(const Tiles& panels, const Range& range, const View& view, int64_t begin, int64_t positions,
                           const Half* tile) {
   Half* volume = static_cast<Half*>(view.data);
-  const Shape shape{panels, range.slices, pitch(positions)};
+  const Shape shape{panels, range.slices, pitch(range.slices, positions)};
   if (view.channel == 1 && panels.channels > 1) {
     for (int64_t s = 0; s < range.slices; ++s) {
       each_position(range, view, begin, positions, [&](int64_t p, int64_t offset) {
@@ -790,7 +790,7 @@ struct Scratch {
   Pair* matrices[2];
 
   static int64_t line(int64_t elements) { return (elements + N - 1) / N * N; }
-  static int64_t positions(int64_t tile) { return pitch(Float::longest(tile)); }
+  static int64_t positions(int64_t tile) { return Float::longest(tile) | 1; }
   static int64_t tile(int64_t slices, int64_t channels, int64_t tile) {
     return pair_rows(slices) * Tiles(channels).padded * positions(tile);
   }
@@ -848,7 +848,7 @@ inline void map(const Range& range, View x, const void* m, const void* u, double
   const Weights weights(panels, m, true);
   PairReader x_reader(panels, range, x, room.copies[0]);
   Float::each_tile(range, [&](int64_t begin, int64_t positions) {
-    const Shape shape{panels, range.slices, pitch(positions)};
+    const Shape shape{panels, range.slices, pitch(range.slices, positions)};
     x_reader.read(begin, positions, tile, nullptr);
     Target query;
     query.half = high;
@@ -867,7 +867,7 @@ inline void mix(const Range& range, View x, const void* attention, const void* v
   pair_columns(range.slices, static_cast<const float*>(attention), false, room.matrices[0]);
   PairReader x_reader(panels, range, x, room.copies[0]);
   Float::each_tile(range, [&](int64_t begin, int64_t positions) {
-    const Shape shape{panels, range.slices, pitch(positions)};
+    const Shape shape{panels, range.slices, pitch(range.slices, positions)};
     x_reader.read(begin, positions, room.half(0), room.pair(1));
     Target mixed, total;
     mixed.half = room.half(2);
@@ -892,7 +892,7 @@ inline void map_backward(const Range& range, View x, View grad, const void* atte
   PairReader x_reader(panels, range, x, room.copies[0]);
   PairReader grad_reader(panels, range, grad, room.copies[1]);
   Float::each_tile(range, [&](int64_t begin, int64_t positions) {
-    const Shape shape{panels, range.slices, pitch(positions)};
+    const Shape shape{panels, range.slices, pitch(range.slices, positions)};
     x_reader.read(begin, positions, x_half, value_grad ? x_pair : nullptr);
     grad_reader.read(begin, positions, grad_half, value_grad ? grad_pair : nullptr);
     add_voxels(shape, grad_half, nullptr, grad_sum);
@@ -932,7 +932,7 @@ inline void mix_backward(const Range& range, View x, View partial, const void* g
   PairReader x_reader(panels, range, x, room.copies[0]);
   PairReader partial_reader(panels, range, partial, room.copies[1]);
   Float::each_tile(range, [&](int64_t begin, int64_t positions) {
-    const Shape shape{panels, range.slices, pitch(positions)};
+    const Shape shape{panels, range.slices, pitch(range.slices, positions)};
     x_reader.read(begin, positions, m_grad ? x_half : nullptr, x_pair);
     Target mixed, total;
     mixed.half = mixed_half;
@@ -969,7 +969,7 @@ inline void contract(const Range& range, View left, View right, double* products
   PairReader left_reader(panels, range, left, room.copies[0]);
   PairReader right_reader(panels, range, right, room.copies[1]);
   Float::each_tile(range, [&](int64_t begin, int64_t positions) {
-    const Shape shape{panels, range.slices, pitch(positions)};
+    const Shape shape{panels, range.slices, pitch(range.slices, positions)};
     left_reader.read(begin, positions, room.half(0), nullptr);
     right_reader.read(begin, positions, room.half(1), nullptr);
     contract_tiles<false>(shape, room.half(0), nullptr, room.half(1), products);
@@ -982,7 +982,7 @@ inline void mix_slices(const Range& range, View x, const void* matrix, bool tran
   pair_columns(range.slices, static_cast<const float*>(matrix), transposed, room.matrices[0]);
   PairReader x_reader(panels, range, x, room.copies[0]);
   Float::each_tile(range, [&](int64_t begin, int64_t positions) {
-    const Shape shape{panels, range.slices, pitch(positions)};
+    const Shape shape{panels, range.slices, pitch(range.slices, positions)};
     x_reader.read(begin, positions, nullptr, room.pair(0));
     Target mixed;
     mixed.half = room.half(1);
