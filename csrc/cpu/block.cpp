@@ -99,7 +99,7 @@ class Driver {
     read_m_ = prepared(channels, fold(channels, weights), true);
     read_value_ = prepared(channels, packed(channels, weights.g_weight, true), false);
     const T* betas = static_cast<const T*>(weights.betas);
-    const auto steps = cut(x, PARTS);
+    const auto steps = cut(x, PARTS, false);
     const Volume* from = &x;
     for (size_t s = 0; s < steps.size(); ++s) {
       const Volume& to = s < inputs.size() ? inputs[s] : out;
@@ -119,7 +119,7 @@ class Driver {
     T* read_value_transposed = prepared(channels, packed(channels, weights.g_weight, false), false);
 
     const int64_t affordable = PARTIAL_GRADIENTS / (2 * panels * static_cast<int64_t>(sizeof(T)));
-    const auto steps = cut(x, std::clamp(affordable, FEWEST_PARTS, PARTS));
+    const auto steps = cut(x, std::clamp(affordable, FEWEST_PARTS, PARTS), true);
     int64_t parts = 1;
     for (const Step& step : steps) parts = std::max(parts, step.parts);
     // Sums of each part: over all steps, but for those of the gradient, which have a beta of their own.
@@ -150,7 +150,7 @@ class Driver {
       const int64_t square = step.slices * step.slices;
       std::vector<double> products(step.tasks.size() * square);
       std::vector<double> grad_sums(step.parts * padded);
-      run(step, true, [&](int64_t part, int64_t index, const Step::Task& task, void* scratch) {
+      run(step, [&](int64_t part, int64_t index, const Step::Task& task, void* scratch) {
         passes_.map_backward(step.range(task), step.view(from, task.sample, bytes_),
                              step.view(above, task.sample, bytes_), attention + task.sample * square, read_value_transposed,
                              products.data() + index * square, grad_sums.data() + part * padded, value.of(part),
@@ -168,7 +168,7 @@ class Driver {
       }
       static_cast<T*>(grads.betas)[s] = static_cast<T>(grad_beta);
       if (!below.data && !need_folded) continue;
-      run(step, true, [&](int64_t part, int64_t, const Step::Task& task, void* scratch) {
+      run(step, [&](int64_t part, int64_t, const Step::Task& task, void* scratch) {
         const View target = below.data ? step.view(below, task.sample, bytes_) : View{};
         passes_.mix_backward(step.range(task), step.view(from, task.sample, bytes_), target,
                              grad_logits + task.sample * square, column + task.sample * step.slices, read_m_, read_m_transposed,
@@ -183,10 +183,10 @@ class Driver {
   }
 
   void contract(const Volume& left, const Volume& right, T* logits) {
-    const Step step(passes_, left, block_.axes[0], PARTS);
+    const Step step = cut(left, PARTS, true)[0];
     const int64_t square = step.slices * step.slices;
     std::vector<double> partial(step.tasks.size() * square);
-    run(step, true, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
+    run(step, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
       passes_.contract(step.range(task), step.view(left, task.sample, bytes_), step.view(right, task.sample, bytes_),
                        partial.data() + index * square, scratch);
     });
@@ -197,8 +197,8 @@ class Driver {
   }
 
   void mix(const Volume& x, const T* matrix, bool transposed, const Volume& out) {
-    const Step step(passes_, x, block_.axes[0], PARTS);
-    run(step, false, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
+    const Step step = cut(x, PARTS, false)[0];
+    run(step, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
       passes_.mix_slices(step.range(task), step.view(x, task.sample, bytes_),
                          matrix + task.sample * step.slices * step.slices, transposed,
                          step.view(out, task.sample, bytes_), scratch);
@@ -270,25 +270,26 @@ class Driver {
     return to;
   }
 
-  std::vector<Step> cut(const Volume& x, int64_t most_parts) {
+  // The steps of the block, and one room for the scratch of them all. `backward` says that passes read two volumes.
+  std::vector<Step> cut(const Volume& x, int64_t most_parts, bool backward) {
     std::vector<Step> steps;
-    for (const int64_t axis : block_.axes) steps.emplace_back(passes_, x, axis, most_parts);
+    int64_t most = 0;
+    for (const int64_t axis : block_.axes) {
+      steps.emplace_back(passes_, x, axis, most_parts);
+      most = std::max(most, steps.back().scratch(passes_, backward));
+    }
+    scratch_elements_ = most;
+    scratch_ = room(most * host_.threads);
     return steps;
   }
 
-  // Calls body(part, task's index, task, scratch) for every task, those of a part one after the other. `backward` says that
-  // the pass reads two volumes.
+  // Calls body(part, task's index, task, scratch) for every task, those of a part one after the other.
   template <class Body>
-  void run(const Step& step, bool backward, const Body& body) {
-    const int64_t size = step.scratch(passes_, backward), count = step.tasks.size();
-    const int64_t threads = std::min(host_.threads, step.parts);
-    if (size * host_.threads > scratch_elements_) {
-      scratch_elements_ = size * host_.threads;
-      scratch_ = room(scratch_elements_);
-    }
+  void run(const Step& step, const Body& body) {
+    const int64_t count = step.tasks.size(), threads = std::min(host_.threads, step.parts);
     const auto parts = [&](int64_t begin, int64_t end) {
       const WithoutSubnormals mode;
-      T* scratch = scratch_ + host_.thread() * size;
+      T* scratch = scratch_ + host_.thread() * scratch_elements_;
       for (int64_t part = begin; part < end; ++part) {
         for (int64_t index = count * part / step.parts; index < count * (part + 1) / step.parts; ++index) {
           body(part, index, step.tasks[index], scratch);
@@ -331,7 +332,7 @@ class Driver {
   T* attention_map(const Step& step, const Volume& x, T* map, T beta) {
     const int64_t square = step.slices * step.slices;
     std::vector<double> partial(step.tasks.size() * square);
-    run(step, false, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
+    run(step, [&](int64_t, int64_t index, const Step::Task& task, void* scratch) {
       passes_.map(step.range(task), step.view(x, task.sample, bytes_), read_m_, u_, partial.data() + index * square, scratch);
     });
     T* scaled = room(step.batch * square);
@@ -391,7 +392,7 @@ class Driver {
   void mix_step(const Step& step, const Volume& x, const T* attention, const T* g_bias, T beta, const Volume& out) {
     for (int64_t c = 0; c < step.channels; ++c) bias_[c] = beta * g_bias[c];
     const int64_t square = step.slices * step.slices;
-    run(step, false, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
+    run(step, [&](int64_t, int64_t, const Step::Task& task, void* scratch) {
       passes_.mix(step.range(task), step.view(x, task.sample, bytes_), attention + task.sample * square, read_value_, bias_,
                   step.view(out, task.sample, bytes_), scratch);
     });
