@@ -135,13 +135,14 @@ void block(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> axes, dou
 }
 
 void block_backward(Tensor grad, Tensor x, std::vector<Tensor> inputs, int64_t known, std::vector<Tensor> maps,
-                    std::vector<Tensor> weights, std::vector<int64_t> axes, double scale, Tensor work, bool need_x,
-                    bool need_folded, bool need_value, std::vector<Tensor> grads) {
+                    std::vector<Tensor> weights, std::vector<int64_t> axes, double scale, std::vector<Tensor> work,
+                    Tensor out, bool need_x, bool need_folded, bool need_value, std::vector<Tensor> grads) {
   const TorchHost memory(x);
-  const rsa::Volume volume = volume_of(x, x), target = volume_of(work, x);
+  const rsa::Volume volume = volume_of(x, x), target = volume_of(out, x);
   STD_TORCH_CHECK(inputs.size() + 1 == axes.size(), "one inner input for each axis but the first is wanted");
   rsa::backward(block_of(x, memory, axes, scale), volume_of(grad, x), volume, inner_volumes(inputs, x), known,
-                maps_of(maps, x, axes), weights_of(weights, x, axes.size()), target, need_x, need_folded, need_value,
+                maps_of(maps, x, axes), weights_of(weights, x, axes.size()),
+                work.empty() ? target : inner_volumes(work, x)[0], target, need_x, need_folded, need_value,
                 weights_of(grads, x, axes.size()));
 }
 
@@ -225,8 +226,8 @@ STABLE_TORCH_LIBRARY(rsa_kernels_cpp, m) {
       " Tensor(c!)[] inputs) -> ()");
   m.def(
       "block_backward(Tensor grad, Tensor x, Tensor(a!)[] inputs, int known, Tensor[] maps, Tensor[] weights,"
-      " int[] axes, float scale, Tensor(b!) work, bool need_x, bool need_folded, bool need_value,"
-      " Tensor(c!)[] grads) -> ()");
+      " int[] axes, float scale, Tensor(b!)[] work, Tensor(c!) out, bool need_x, bool need_folded, bool need_value,"
+      " Tensor(d!)[] grads) -> ()");
   m.def("contract(Tensor left, Tensor right, int axis, Tensor(a!) logits) -> ()");
   m.def("mix(Tensor x, Tensor matrix, bool transposed, int axis, Tensor(a!) out) -> ()");
   m.def(

@@ -110,8 +110,8 @@ class Driver {
   }
 
   void backward(const Volume& grad, const Volume& x, const std::vector<Volume>& inputs, int64_t known,
-                const std::vector<void*>& maps, const Weights& weights, const Volume& work, bool need_x,
-                bool need_folded, bool need_value, const Weights& grads) {
+                const std::vector<void*>& maps, const Weights& weights, const Volume& work, const Volume& out,
+                bool need_x, bool need_folded, bool need_value, const Weights& grads) {
     const int64_t channels = x.sizes[1], panels = passes_.panel_elements(channels), padded = panels / channels;
     T* m = fold(channels, weights);
     T* read_m_transposed = prepared(channels, transposed(channels, m), false);
@@ -169,8 +169,9 @@ class Driver {
       static_cast<T*>(grads.betas)[s] = static_cast<T>(grad_beta);
       if (!below.data && !need_folded) continue;
       run(step, [&](int64_t part, int64_t, const Step::Task& task, void* scratch) {
-        const View target = below.data ? step.view(below, task.sample, bytes_) : View{};
-        passes_.mix_backward(step.range(task), step.view(from, task.sample, bytes_), target,
+        const View partial = below.data ? step.view(below, task.sample, bytes_) : View{};
+        const View target = below.data && s == 0 ? step.view(out, task.sample, bytes_) : partial;
+        passes_.mix_backward(step.range(task), step.view(from, task.sample, bytes_), partial,
                              grad_logits + task.sample * square, column + task.sample * step.slices, read_m_, read_m_transposed,
                              u_, folded.of(part), u_grad.data() + part * padded, target, scratch);
       });
@@ -528,10 +529,10 @@ void forward(const Block& block, const Volume& x, const Weights& weights, const 
 }
 
 void backward(const Block& block, const Volume& grad, const Volume& x, const std::vector<Volume>& inputs, int64_t known,
-              const std::vector<void*>& maps, const Weights& weights, const Volume& work, bool need_x,
-              bool need_folded, bool need_value, const Weights& grads) {
+              const std::vector<void*>& maps, const Weights& weights, const Volume& work, const Volume& out,
+              bool need_x, bool need_folded, bool need_value, const Weights& grads) {
   with_driver(block, [&](auto& driver, auto) {
-    driver.backward(grad, x, inputs, known, maps, weights, work, need_x, need_folded, need_value, grads);
+    driver.backward(grad, x, inputs, known, maps, weights, work, out, need_x, need_folded, need_value, grads);
   });
 }
 

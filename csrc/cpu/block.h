@@ -46,11 +46,12 @@ struct Block {
 void forward(const Block& block, const Volume& x, const Weights& weights, const Volume& out,
              const std::vector<void*>& maps, const std::vector<Volume>& inputs);
 
-// inputs: of steps 2, 3, ...; the first `known` are there, the others are made. work: a volume that is written to, and
-// that holds the gradient of x at the end if `need_x`. Gradients of weights that are not needed are left alone.
+// inputs: of steps 2, 3, ...; the first `known` are there, the others are made. work: where gradients are between passes,
+// `out` or a volume with strides of its own. out: the gradient of x if `need_x`. Gradients of weights that are not needed
+// are left alone.
 void backward(const Block& block, const Volume& grad, const Volume& x, const std::vector<Volume>& inputs, int64_t known,
-              const std::vector<void*>& maps, const Weights& weights, const Volume& work, bool need_x,
-              bool need_folded, bool need_value, const Weights& grads);
+              const std::vector<void*>& maps, const Weights& weights, const Volume& work, const Volume& out,
+              bool need_x, bool need_folded, bool need_value, const Weights& grads);
 
 // logits (N, S, S) = <left_i, right_j>
 void contract(const Block& block, const Volume& left, const Volume& right, void* logits);

@@ -13,7 +13,7 @@ import torch
 from support import FORMATS, random_block, random_volume, relative_error, with_gradients
 
 from benchmarks.published import published
-from rsa_kernels import recurrent_slice_attention, slice_attention
+from rsa_kernels import cpp, recurrent_slice_attention, slice_attention
 
 INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "plain")
 FLOORS = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -104,6 +104,34 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(dtype, memory_format, i
         )
     for run in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("keep_inputs", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bits_do_not_depend_on_where_gradients_are_between_passes(
+    shape, keep_inputs, dtype, instruction_set, monkeypatch
+):
+    tensors = [tensor.to(dtype) for tensor in (random_volume(shape), *random_block(shape[1]))]
+    upstream = random_volume(shape, seed=2).to(dtype)
+    runs = []
+    for room in (True, False):
+        monkeypatch.setattr(cpp, "_deserves_room", lambda *_, room=room: room)
+        runs.append(with_gradients(partial(block, recompute=not keep_inputs), tensors, upstream))
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_gradients_between_passes_have_room_where_that_is_cheap_and_pays():
+    def deserves_room(*shape, memory_format=torch.contiguous_format, axes=(3, 4, 2), dtype=torch.float32):
+        x = torch.empty(shape, dtype=dtype, memory_format=memory_format)
+        return cpp._deserves_room(x, torch.empty_like(x), axes)
+
+    assert deserves_room(1, 128, 32, 32, 32)
+    assert not deserves_room(1, 128, 32, 32, 32, memory_format=torch.channels_last_3d)
+    assert not deserves_room(1, 128, 32, 32, 32, axes=(3,))
+    assert not deserves_room(1, 16, 32, 32, 32)
+    assert not deserves_room(1, 32, 64, 64, 64)
+    assert deserves_room(1, 32, 64, 64, 64, dtype=torch.bfloat16)
 
 
 def test_several_threads_do_work(threads):

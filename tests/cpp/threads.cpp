@@ -313,16 +313,17 @@ Bits results(const Inputs& inputs, int instruction_set, int64_t threads) {
   const rsa::Weights grads = {values(memory, element, square),   values(memory, element, channels),
                               values(memory, element, square),   values(memory, element, square),
                               values(memory, element, channels), values(memory, element, steps)};
-  const Volume work = empty_volume(memory, element, test.sizes, test.x);
+  const Volume grad_x = empty_volume(memory, element, test.sizes, test.x);
+  const Volume work = test.keep_inputs ? empty_volume(memory, element, test.sizes, CHANNELS_LAST) : grad_x;
   call([&](const rsa::Block& block) {
     rsa::backward(block, inputs.grad, inputs.x, inner, test.keep_inputs ? inner.size() : 0, maps, inputs.weights, work,
-                  test.need_x, test.need_folded, test.need_value, grads);
+                  grad_x, test.need_x, test.need_folded, test.need_value, grads);
   });
   for (size_t i = 0; i < steps; ++i) {
     const int64_t slices = test.sizes[test.axes[i]];
     take_out_all(element, maps[i], batch * slices * slices, bits);
   }
-  if (test.need_x) take_out_volume(element, work, bits);
+  if (test.need_x) take_out_volume(element, grad_x, bits);
   if (test.need_folded) {
     take_out_all(element, grads.theta_weight, square, bits);
     take_out_all(element, grads.theta_bias, channels, bits);
