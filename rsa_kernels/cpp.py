@@ -11,7 +11,7 @@ from torch import Tensor
 from rsa_kernels import native
 from rsa_kernels.folding import Gradients, Projections, accumulation_dtype
 
-# Where a volume more pays in backward.
+# From how many channels on a volume more pays, and below how many bytes.
 ROOM_CHANNELS, ROOM_BYTES = 32, 32 << 20
 
 _kernels = torch.ops.rsa_kernels_cpp
@@ -28,13 +28,18 @@ def _weights(weights: Projections, betas: Tensor, dtype: torch.dtype) -> list[Te
     return [_precise(tensor, dtype) for tensor in (theta_weight, theta_bias, phi_weight, g_weight, g_bias, betas)]
 
 
-def _deserves_room(x: Tensor, grad_x: Tensor, axes: Sequence[int]) -> bool:
-    """Whether gradients between passes get a volume apart, with channels as neighbours, as inner inputs have them.
+def _room(x: Tensor) -> Tensor:
+    """Room for a volume with its channels as neighbours, which is quick to read and to write along every axis."""
+    return x.new_empty((x.numel(),))
 
-    It takes up to a sixth off the time of backward where channels are far apart in the result. One axis alone and few
-    channels gain nothing, and allocations of 32 MiB and more come fresh from the system, page by page.
+
+def _deserves_room(x: Tensor, result: Tensor, axes: Sequence[int]) -> bool:
+    """Whether what passes from step to step gets room, where it is not kept and could be in the result's.
+
+    It takes up to a sixth off the time where channels are far apart in the result. One axis alone and few channels gain
+    nothing, and allocations of 32 MiB and more come fresh from the system, page by page.
     """
-    far_apart = grad_x.stride(1) != 1
+    far_apart = result.stride(1) != 1
     return far_apart and len(axes) > 1 and x.shape[1] >= ROOM_CHANNELS and x.nbytes < ROOM_BYTES
 
 
@@ -64,9 +69,12 @@ def recurrent_slice_attention(
     """The whole block; see :mod:`rsa_kernels.ops` for the contract that all backends keep."""
     out = torch.empty_like(x)
     maps = [_empty_map(x, axis) for axis in axes]
-    inputs = [x.new_empty((x.numel(),)) for _ in axes[1:]] if keep_inputs else []
+    if keep_inputs:
+        inputs = [_room(x) for _ in axes[1:]]
+    else:
+        inputs = [_room(x)] * len(axes[1:]) if _deserves_room(x, out, axes) else []
     _kernels.block(x, _weights(weights, betas, accumulation_dtype(x.dtype)), axes, scale, out, maps, inputs)
-    return out, maps, inputs
+    return out, maps, inputs if keep_inputs else []
 
 
 def recurrent_slice_attention_backward(
@@ -82,9 +90,9 @@ def recurrent_slice_attention_backward(
 ) -> Gradients:
     """Gradients of the whole block; see :mod:`rsa_kernels.ops` for the contract that all backends keep."""
     precise = _weights(weights, betas, accumulation_dtype(x.dtype))
-    missing = [x.new_empty((x.numel(),)) for _ in range(len(axes) - 1 - len(inputs))]
+    missing = [_room(x) for _ in range(len(axes) - 1 - len(inputs))]
     grad_x = torch.empty_like(x)
-    work = [x.new_empty((x.numel(),))] if _deserves_room(x, grad_x, axes) else []
+    work = [_room(x)] if _deserves_room(x, grad_x, axes) else []
     need_folded = bool(needs.theta_weight or needs.theta_bias or needs.phi_weight)
     grads = [torch.empty_like(tensor) for tensor in precise]
     _kernels.block_backward(
