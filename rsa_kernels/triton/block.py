@@ -194,7 +194,8 @@ class Machine:
     def _products_of_weights(self) -> tuple[int, str]:
         """The side of the tiles, and the precision: weights of 16-bit volumes need be no more exact than in float32."""
         if self.kind == "half" and self.arch.startswith("sm_"):
-            return (64 if self.channels > 64 else 32), "tf32x3"
+            # On 8.0 the larger tile does not fit registers.
+            return (64 if self.channels > 64 and self.arch != "sm_80" else 32), "tf32x3"
         return (max(16, tuning.bucket(self.channels)) if INTERPRETED else 32), "ieee"
 
     def fold(self, published: Projections, layout: str, columns: int = 0) -> Folded:
@@ -210,7 +211,7 @@ class Machine:
         self.launch(
             fold_kernel,
             (-(-columns // tile)) ** 2,
-            (4, 3),
+            (4, 3 if tile == 64 else 2),
             (theta_weight, theta_bias, phi_weight, g_weight, g_bias, *folded),
             *(channels, columns // channels, columns, tile, layout, rows, precision),
         )
@@ -243,7 +244,7 @@ class Machine:
         self.launch(
             collect_kernel,
             (-(-self.channels // tile)) ** 2,
-            (8, 2),
+            (4 if self.kind == "double" else 8, 2),
             (
                 *(theta_weight, theta_bias, phi_weight, g_bias, betas),
                 *(totals.matrices, totals.vectors, totals.row_dots, *gradients, steps, batch * padded),
