@@ -195,7 +195,8 @@ class Machine:
         """The side of the tiles, and the precision: weights of 16-bit volumes need be no more exact than in float32."""
         if self.kind == "half" and self.arch.startswith("sm_"):
             # On 8.0 the larger tile does not fit registers.
-            return (64 if self.channels > 64 and self.arch != "sm_80" else 32), "tf32x3"
+            widest = 64 if self.channels > 64 and self.arch != "sm_80" else 32
+            return min(widest, tuning.bucket(self.channels)), "tf32x3"
         return (max(16, tuning.bucket(self.channels)) if INTERPRETED else 32), "ieee"
 
     def fold(self, published: Projections, layout: str, columns: int = 0) -> Folded:
@@ -225,7 +226,7 @@ class Machine:
         self.launch(
             unfold_kernel,
             (2 * -(-channels // rows) if matrices else 0) + steps + 1,
-            (8, 1),
+            (4 if self.kind == "double" else 8, 1),
             (
                 *(sums.w if matrices else sums.b, sums.m if matrices else sums.u, sums.b, sums.u, totals.matrices),
                 *(totals.vectors, steps, sums.slots_w, sums.slots_m),
