@@ -21,7 +21,7 @@ AUTO = "auto"
 ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
 OLDEST_TRITON = (3, 6)
 LONE_CHANNELS, LONE_CHANNELS_VOXELS = 6, 1 << 15
-FEW_CHANNELS = 256
+FEW_CHANNELS = 512
 FLOAT32_CHANNELS, FLOAT32_VOXELS = 64, 1 << 20
 
 # In order of preference. A module is imported when it is first needed.
