@@ -267,7 +267,8 @@ def choose(x: Tensor, axes: Sequence[int]) -> Explanation:
         "reference": None,
     }
     chosen = next(name for name, reason in reasons.items() if reason is None)
-    # The C++ backend folds small weights in less time than the others take to be called, and large ones faster, too.
+    # The C++ backend folds small weights in about the time that the others take to be called, and large ones faster,
+    # too: of 512 channels on 27 voxels it trains in two thirds of the time and predicts in a tenth to a fifth more.
     folds_fast = chosen == "cpp" and (channels <= FEW_CHANNELS or 4 * voxels * len(axes) >= channels)
     if axes and voxels * len(axes) < channels and not folds_fast:
         chosen = "reference"
