@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,21 @@ app = typer.Typer(
     help="Segmentation of multiple-sclerosis lesions with recurrent slice-wise attention. Research use only: "
     "no medical device. --debug with any command shows the traceback of an error.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (simulate, train, predict, evaluate, report, doctor):
-    app.command(cls=Command)(verb)
+# Each with the example that ends its help.
+VERBS: dict[Callable[..., None], str] = {
+    simulate: "rsanet simulate cohort --subjects 12 --spacing 2 --split 0.6 0.2 0.2",
+    train: "rsanet train cohort -o run --split cohort/split.json",
+    predict: "rsanet predict run -i FLAIR.nii.gz T1w.nii.gz T2w.nii.gz -o lesions.nii.gz --preview",
+    evaluate: "rsanet evaluate masks cohort --protocol shifts --csv scores.csv",
+    report: "rsanet report report.png --data cohort --pred masks --model run",
+    doctor: "rsanet doctor --device cpu",
+}
+for verb, example in VERBS.items():
+    app.command(cls=Command, epilog=f"\b\nExample:\n  {example}")(verb)
 
 
 @contextmanager
@@ -125,6 +133,8 @@ def main(args: list[str] | None = None) -> None:
         args: the arguments; those of the process by default.
     """
     args = sys.argv[1:] if args is None else list(args)
+    if "_RSANET_COMPLETE" in os.environ:
+        app(args)  # the shell asks what could follow, and this ends with the answer
     # Large volumes in large pages, where Linux has them on request: torch asks at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:

@@ -1,5 +1,6 @@
 """What the verbs share: how their options are read, and what a stopped one leaves."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,33 @@ from typer.core import TyperCommand
 from rsanet.segment.recipe import PRECISIONS, Recipe
 
 DEFAULTS = Recipe()
+DEVICES = ("auto", "cpu", "cuda")
+PROTOCOLS = ("custom", "isbi2015", "msseg2016", "wmh2017", "shifts")
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+
+def completed(words: Sequence[str]) -> Callable[[str], list[str]]:
+    """What the shell offers for an option of few words."""
+
+    def offer(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return offer
+
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", autocompletion=completed(DEVICES))]
 PrecisionName = Annotated[
     str,
-    typer.Option(help=f"{', '.join(PRECISIONS)}. auto is bf16 where the hardware multiplies it, else fp32."),
+    typer.Option(
+        help=f"{', '.join(PRECISIONS)}. auto is bf16 where the hardware multiplies it, else fp32.",
+        autocompletion=completed(PRECISIONS),
+    ),
+]
+ProtocolName = Annotated[
+    str,
+    typer.Option(
+        help=f"{', '.join(PROTOCOLS[:-1])} or {PROTOCOLS[-1]}: how lesions are counted.",
+        autocompletion=completed(PROTOCOLS),
+    ),
 ]
 Model = Annotated[Path, typer.Argument(help="A run folder of `rsanet train`, or a .safetensors file.")]
 Roi = Annotated[

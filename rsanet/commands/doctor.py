@@ -12,7 +12,7 @@ def doctor(
     device: Device = DEFAULTS.device,
     check: Annotated[bool, typer.Option(help="Do ten seconds of real work, to see whether it comes out right.")] = True,
 ) -> None:
-    """Show versions, hardware, disk, which attention backends can run here, and whether all works."""
+    """Show what this machine can do. Versions, hardware, disk, attention backends, and whether all works."""
     from rsanet.segment.environment import describe_environment
 
     rows = describe_environment()

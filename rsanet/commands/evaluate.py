@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rsanet.commands.common import ProtocolName
 from rsanet.segment.words import counted
 
 
@@ -14,9 +15,7 @@ def evaluate(
     compare: Annotated[
         Path | None, typer.Option(help="Another prediction of the same references, tested against PRED case by case.")
     ] = None,
-    protocol: Annotated[
-        str, typer.Option(help="custom, isbi2015, msseg2016, wmh2017 or shifts: how lesions are counted.")
-    ] = "custom",
+    protocol: ProtocolName = "custom",
     connectivity: Annotated[int | None, typer.Option(help="Neighbours that join voxels: 6, 18 or 26.")] = None,
     overlap: Annotated[
         float | None,
@@ -27,7 +26,7 @@ def evaluate(
     json: Annotated[Path | None, typer.Option(help="Write protocol, cases, summaries and tests here.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
 ) -> None:
-    """Compare masks with a reference, voxel by voxel and lesion by lesion."""
+    """Compare masks with references, by voxel and by lesion."""
     from rsanet.segment import evaluation as work
     from rsanet.segment import files, metrics
     from rsanet.segment.datasets import is_simulated

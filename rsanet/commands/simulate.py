@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rsanet.commands.common import Stopped
+from rsanet.commands.common import Stopped, completed
 from rsanet.segment.recipe import triple
 from rsanet.segment.scenario import CONTRASTS, KINDS, LOADS, PLANES, Scenario
 from rsanet.segment.words import counted
@@ -21,14 +21,25 @@ def simulate(
     out: Annotated[Path, typer.Argument(help="Folder of the cohort.")],
     subjects: Annotated[int, typer.Option(help="Number of patients.")],
     load: Annotated[
-        str, typer.Option(help=f"Lesion load: {', '.join(LOADS)}; medians of about 0, 1.5, 5 and 16 mL.")
+        str,
+        typer.Option(
+            help=f"Lesion load: {', '.join(LOADS)}; medians of about 0, 1.5, 5 and 16 mL.",
+            autocompletion=completed(list(LOADS)),
+        ),
     ] = DEFAULTS.load,
     kinds: Annotated[
-        list[str] | None, typer.Option(help=f"Where lesions arise, of {', '.join(KINDS)}; by default everywhere.")
+        list[str] | None,
+        typer.Option(
+            help=f"Where lesions arise, of {', '.join(KINDS)}; by default everywhere.",
+            autocompletion=completed(KINDS),
+        ),
     ] = None,
     contrasts: Annotated[
         list[str] | None,
-        typer.Option(help=f"Images, of {', '.join(CONTRASTS)}; by default {' '.join(DEFAULTS.contrasts)}."),
+        typer.Option(
+            help=f"Images, of {', '.join(CONTRASTS)}; by default {' '.join(DEFAULTS.contrasts)}.",
+            autocompletion=completed(CONTRASTS),
+        ),
     ] = None,
     spacing: Annotated[
         list[float] | None, typer.Option(help="Voxel size in mm, one number or three along x, y, z (1).")
@@ -36,7 +47,12 @@ def simulate(
     slice_thickness: Annotated[
         float | None, typer.Option(help="Thickness of the slices in mm, in place of the voxel size across them.")
     ] = None,
-    plane: Annotated[str, typer.Option(help=f"Plane of thick slices: {', '.join(reversed(PLANES))}.")] = DEFAULTS.plane,
+    plane: Annotated[
+        str,
+        typer.Option(
+            help=f"Plane of thick slices: {', '.join(reversed(PLANES))}.", autocompletion=completed(list(PLANES))
+        ),
+    ] = DEFAULTS.plane,
     noise: Annotated[
         float, typer.Option(help="Standard deviation of the noise, as a fraction of the brightest tissue.")
     ] = DEFAULTS.noise,

@@ -8,8 +8,10 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from rsanet.commands.common import DEFAULTS, Stopped
-from rsanet.segment.recipe import Recipe, settings
+from rsanet.commands.common import DEFAULTS, DEVICES, Stopped, completed
+from rsanet.segment.recipe import CHOICES, Recipe, settings
+
+OFFERED = {**CHOICES, "device": DEVICES}
 
 
 def train(
@@ -27,7 +29,7 @@ def train(
     ] = None,
     **options: Any,
 ) -> None:
-    """Train a network; the run folder gets its weights, settings, log, curve and checkpoint."""
+    """Train a network. The run folder gets its weights, settings, log, curve and checkpoint."""
     if resume and config:
         raise typer.BadParameter("a run that is resumed has its settings: leave --config out.", param_hint="--config")
     given = {name: value for name, value in options.items() if ctx.get_parameter_source(name).name == "COMMANDLINE"}
@@ -60,9 +62,9 @@ def _option(name: str, annotation: Any) -> inspect.Parameter:
     kind = listed[0] if len(listed) == 1 else listed[0] | None
     default = getattr(DEFAULTS, name)
     default = list(default) if isinstance(default, tuple) else default
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=words)]
-    )
+    choices = OFFERED.get(name)
+    option = typer.Option(help=words, autocompletion=completed(choices) if choices else None)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 def _with_settings() -> inspect.Signature:

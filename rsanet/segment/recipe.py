@@ -9,6 +9,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("rsa", "non_local", "none")
 LOSSES = ("dice_ce", "dice_focal", "tversky")
 OPTIMIZERS = {"adamw": 1e-3, "sgd": 1e-2}  # with the peak learning rate where none is given
+CHOICES = {"attention": ATTENTIONS, "loss": LOSSES, "optimizer": tuple(OPTIMIZERS), "precision": PRECISIONS}
 SMALLEST_VOXEL, LARGEST_VOXEL = 0.05, 20  # mm; finer is a slip of the header, and no lesion survives coarser
 
 # Settings of the machine, not of the result: a run may go on elsewhere.
@@ -97,11 +98,9 @@ class Recipe:
             for name in names:
                 if getattr(self, name) is not None and getattr(self, name) < smallest:
                     raise ValueError(f"{_option(name)} is {getattr(self, name)}: give {smallest} or more.")
-        for name, choices in (("attention", ATTENTIONS), ("loss", LOSSES), ("optimizer", OPTIMIZERS)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{_option(name)} is {getattr(self, name)!r}: give one of {', '.join(choices)}.")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"--precision is {self.precision!r}: give one of {', '.join(PRECISIONS)}.")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"--lr is {self.lr}: give a positive learning rate, for example 1e-3.")
         if not 0 < self.attention_scale < math.inf:

@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import typer
 
 from rsanet import cli
 from rsanet.segment import segmenter, selfcheck
@@ -317,6 +319,36 @@ def test_help_lists_every_command_and_says_research_only(rsanet):
     assert "Research use only" in out
     code, out, _ = rsanet("predict", "--help")
     assert "results depend on it" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.__name__)
+def test_the_help_of_every_verb_ends_with_an_example_that_it_accepts(rsanet, verb):
+    example = cli.VERBS[verb]
+    command = typer.main.get_command(cli.app)
+    program, name, *args = shlex.split(example)
+    assert (program, name) == ("rsanet", verb.__name__)
+    command.commands[name].make_context(name, args)  # raises where an option is unknown or an argument is missing
+    status, out, _ = rsanet(name, "--help")
+    assert status == 0
+    assert out.rstrip().endswith(f"Example:\n    {example}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("rsanet ev", {"evaluate"}),
+        ("rsanet evaluate --pro", {"--protocol"}),
+        ("rsanet evaluate masks cohort --protocol ", {"custom", "isbi2015", "msseg2016", "wmh2017", "shifts"}),
+        ("rsanet train cohort --loss dice", {"dice_ce", "dice_focal"}),
+        ("rsanet train cohort --precision ", {"auto", "fp32", "bf16"}),
+        ("rsanet predict run --device c", {"cpu", "cuda"}),
+        ("rsanet simulate out --kinds d", {"deep"}),
+    ],
+)
+def test_the_shell_completes_verbs_options_and_their_words(typed, offered):
+    words = {"_RSANET_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = python("import sys; sys.argv[0] = 'rsanet'; from rsanet import cli; cli.main([])", **words)
+    assert (done.returncode, set(done.stdout.split())) == (0, offered)
 
 
 def test_tables_and_texts_are_utf8_whatever_the_locale(tmp_path):
