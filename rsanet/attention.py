@@ -104,6 +104,10 @@ class SABlock(_SliceAttention):
         axis: ``"axial"`` (D), ``"coronal"`` (H) or ``"sagittal"`` (W), or the dim 2, 3, 4.
         scale: factor on the logits; the published block uses 1.
         backend: a backend of `rsa_kernels`; ``None`` leaves the choice to it.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If its value is impossible, or the volume of a call has another number of channels or dims.
     """
 
     def __init__(self, channels: int, axis: int | str, *, scale: float = 1.0, backend: str | None = None) -> None:
@@ -140,6 +144,10 @@ class RSABlock(_SliceAttention):
         scale: factor on the logits; the published block uses 1.
         recompute: keep only the input and the maps for backward, and recompute the steps between.
         backend: a backend of `rsa_kernels`; ``None`` leaves the choice to it.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If its value is impossible, or the volume of a call has another number of channels or dims.
     """
 
     def __init__(
@@ -183,6 +191,10 @@ class NonLocalBlock(nn.Module):
         channels: channels of the volume.
         inner_channels: channels of query, key and value; half of ``channels`` by default.
         scale: factor on the logits; the published block uses 1.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If its value is impossible, or the volume of a call has another number of channels or dims.
     """
 
     def __init__(self, channels: int, inner_channels: int | None = None, *, scale: float = 1.0) -> None:

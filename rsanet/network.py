@@ -46,6 +46,10 @@ class RSANet(nn.Module):
     Attributes:
         config: the arguments that define the function, in JSON types: ``RSANet(**model.config)`` is its twin.
         extra: what else belongs to the model, in JSON types; travels in its file and means nothing here.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If its value is impossible.
     """
 
     def __init__(
