@@ -8,6 +8,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("rsa", "non_local", "none")
 LOSSES = ("dice_ce", "dice_focal", "tversky")
+LAYOUTS = (
+    *("auto", "bids", "nnunet", "folders", "flat", "list"),  # of any data set
+    *("isbi2015", "mslesseg", "msseg2016", "wmh2017", "shifts"),  # of the public ones
+)
+LAYOUT_HELP = f"How the data set lies on disk: {', '.join(LAYOUTS)}; auto finds out which of the first it is."
+RATERS_HELP = (
+    "Where several raters drew masks: the name of one of them (mask1, Consensus), or majority, union or intersection."
+)
 OPTIMIZERS = {"adamw": 1e-3, "sgd": 1e-2}  # with the peak learning rate where none is given
 SMALLEST_VOXEL, LARGEST_VOXEL = 0.05, 20  # mm; finer is a slip of the header, and no lesion survives coarser
 
@@ -25,6 +33,8 @@ class Recipe:
     contrasts: Annotated[
         tuple[str, ...] | None, "Contrasts in channel order, e.g. FLAIR T1w; by default all that there are."
     ] = None
+    layout: Annotated[str, LAYOUT_HELP] = "auto"
+    raters: Annotated[str | None, RATERS_HELP] = None
     steps: Annotated[int, "Optimizer steps."] = 2000
     patch: Annotated[
         tuple[int, ...] | None,
@@ -100,6 +110,8 @@ class Recipe:
         for name, choices in (("attention", ATTENTIONS), ("loss", LOSSES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{_option(name)} is {getattr(self, name)!r}: give one of {', '.join(choices)}.")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"--layout is {self.layout!r}: give one of {', '.join(LAYOUTS)}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"--precision is {self.precision!r}: give one of {', '.join(PRECISIONS)}.")
         if self.lr is not None and not 0 < self.lr < math.inf:
