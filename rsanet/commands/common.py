@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from rsanet.segment.recipe import PRECISIONS, Recipe
+from rsanet.segment.recipe import LAYOUT_HELP, LAYOUTS, PRECISIONS, RATERS_HELP, Recipe
 
 DEFAULTS = Recipe()
 DEVICES = ("auto", "cpu", "cuda")
@@ -46,6 +46,9 @@ Roi = Annotated[
         "Slice-wise attention is global over its window, so results depend on it."
     ),
 ]
+
+Layout = Annotated[str, typer.Option(help=LAYOUT_HELP, autocompletion=completed(LAYOUTS))]
+Raters = Annotated[str | None, typer.Option(help=RATERS_HELP)]
 
 
 class Stopped(BaseException):

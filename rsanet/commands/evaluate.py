@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rsanet.commands.common import ProtocolName
+from rsanet.commands.common import Layout, ProtocolName, Raters
 from rsanet.segment.words import counted
 
 
@@ -22,6 +22,9 @@ def evaluate(
         typer.Option(help="Least IoU that detects a lesion, 0 is any overlap; for msseg2016, the share to cover."),
     ] = None,
     minimum_mm3: Annotated[float | None, typer.Option(help="Smallest volume of a lesion that counts.")] = None,
+    split: Annotated[Path | None, typer.Option(help="Compare only the test part of this split file.")] = None,
+    layout: Layout = "auto",
+    raters: Raters = None,
     csv: Annotated[Path | None, typer.Option(help="Write one row per case here.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write protocol, cases, summaries and tests here.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
@@ -38,7 +41,9 @@ def evaluate(
         if path.exists() and any(other.exists() and path.samefile(other) for other in (pred, ref, compare or pred)):
             raise ValueError(f"{path} is compared here, and would be lost: give another name to the table.")
     chosen = metrics.choose_protocol(protocol, connectivity=connectivity, overlap=overlap, minimum_mm3=minimum_mm3)
-    result = work.evaluate(pred, ref, protocol=chosen, compare=compare, progress=True)
+    result = work.evaluate(
+        pred, ref, protocol=chosen, compare=compare, split=split, layout=layout, raters=raters, progress=True
+    )
     typer.echo(str(result))
     if is_simulated(ref):
         typer.echo("The reference is simulated: these scores have no clinical meaning.")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rsanet.commands.common import DEFAULTS, Device, Model, PrecisionName, Roi, Stopped
+from rsanet.commands.common import DEFAULTS, Device, Layout, Model, PrecisionName, Roi, Stopped
 from rsanet.segment.words import counted, sizes
 
 
@@ -20,6 +20,7 @@ def predict(
         Path | None, typer.Option("-o", "--out", help="The mask, .nii.gz; with --data, the folder for masks.")
     ] = None,
     split: Annotated[Path | None, typer.Option(help="With --data: do only the test part of this split file.")] = None,
+    layout: Layout = "auto",
     ensemble: Annotated[
         list[Path] | None, typer.Option(help="Further models of the same contrasts: the probabilities are averaged.")
     ] = None,
@@ -52,7 +53,7 @@ def predict(
         raise typer.BadParameter("give the mask's name, or with --data a folder.", param_hint="-o")
     if bool(images) == bool(data):
         raise typer.BadParameter("give either the images of one subject or --data with a cohort.", param_hint="-i")
-    for given, option in ((split, "--split"), (resume, "--resume")):
+    for given, option in ((split, "--split"), (resume, "--resume"), (layout != "auto", "--layout")):
         if given and not data:
             raise typer.BadParameter("this is for a cohort: give --data.", param_hint=option)
     if resume and overwrite:
@@ -89,7 +90,16 @@ def predict(
 
     try:
         rows, failures = predict_cohort(
-            models, data, out, split=split, resume=resume, progress=progress, say=typer.echo, **written, **inference
+            models,
+            data,
+            out,
+            split=split,
+            layout=layout,
+            resume=resume,
+            progress=progress,
+            say=typer.echo,
+            **written,
+            **inference,
         )
     except Stopped as stopped:
         stopped.left = f" {out} keeps the masks that were done: give --resume to go on."

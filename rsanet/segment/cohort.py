@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rsanet.segment.datasets import Case, list_cases, read_split
+from rsanet.segment.datasets import Case, list_cases, read_test_part
 from rsanet.segment.ensemble import Ensemble, Model, Prepared
 from rsanet.segment.files import ENCODING, check_writable, remove_stale, write_csv
 from rsanet.segment.prediction import Options, Prediction, predict_case
@@ -83,6 +83,7 @@ def predict_cohort(
     out: str | os.PathLike,
     *,
     split: str | os.PathLike | None = None,
+    layout: str = "auto",
     threshold: float = 0.5,
     min_lesion_mm3: float = 0.0,
     probability_map: bool = False,
@@ -103,6 +104,7 @@ def predict_cohort(
         data: the data set.
         out: folder for the masks, created where needed.
         split: a split file, of whose cases only the test part is done.
+        layout: how the data set lies on disk; see `rsanet.segment.layouts.read_cases`.
         threshold: as in `predict`.
         min_lesion_mm3: as in `predict`.
         probability_map: as in `predict`.
@@ -130,7 +132,9 @@ def predict_cohort(
     out, made_by = Path(out), describe_maker(ensemble, options)
     with shared_work() as processes:
         work = processes.decided_first(
-            lambda: _plan(_cases(data, ensemble, split), out, options, made_by, resume=resume, overwrite=overwrite)
+            lambda: _plan(
+                _cases(data, ensemble, split, layout), out, options, made_by, resume=resume, overwrite=overwrite
+            )
         )
         if processes.rank == 0 and say:
             say(ensemble.describe())
@@ -140,21 +144,16 @@ def predict_cohort(
         return _collect(work, out, rows, failures, processes)
 
 
-def _cases(data: str | os.PathLike, ensemble: Ensemble, split: str | os.PathLike | None) -> list[Case]:
+def _cases(data: str | os.PathLike, ensemble: Ensemble, split: str | os.PathLike | None, layout: str) -> list[Case]:
     """The cases of a data set, or those of the test part of a split."""
-    cases, _ = list_cases(data, ensemble.contrasts)
+    cases, _ = list_cases(data, ensemble.contrasts, layout=layout)
     there = {name for case in cases for name in (*case.images, *case.several)}
     if missing := [name for name in ensemble.contrasts if name not in there]:
         raise ValueError(
             f"No case of {data} has a {' or a '.join(missing)}, but the model takes {' '.join(ensemble.contrasts)}: "
             "give a model of the contrasts that there are, or name them in a .csv."
         )
-    if split is None:
-        return cases
-    test = read_split(split, cases)["test"]
-    if not test:
-        raise ValueError(f"{split} has no test part: leave out --split to predict every case.")
-    return test
+    return cases if split is None else read_test_part(split, cases)
 
 
 def describe_maker(ensemble: Ensemble, options: Options) -> str:

@@ -35,7 +35,7 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from rsanet.segment.layouts import Case
+from rsanet.segment.cases import Case
 from rsanet.segment.volumes import ROUNDING, check_views, read_image, read_mask, same_grid, tissue_mask
 
 # Stored as (z, y, x), the network's axis names are anatomically true: "axial" runs from inferior to superior.

@@ -13,7 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rsanet.segment.layouts import UNDERSTOOD, Case, canonical, read_cases, read_json
+from rsanet.segment.cases import CONSENSUS, Case
+from rsanet.segment.layouts import UNDERSTOOD, read_cases, resembled
+from rsanet.segment.lists import read_json
+from rsanet.segment.names import canonical
+from rsanet.segment.raters import RULES
 from rsanet.segment.volumes import check_views, read_image, read_mask, same_grid
 from rsanet.segment.words import counted, sizes
 
@@ -23,40 +27,73 @@ CONTRASTS = ("FLAIR", "T1w", "T2w")
 READERS = 4  # cases that are checked at once
 
 
-def list_cases(path: str | Path, contrasts: Sequence[str] | None = None) -> tuple[list[Case], list[str]]:
+def list_cases(
+    path: str | Path, contrasts: Sequence[str] | None = None, *, layout: str = "auto", raters: str | None = None
+) -> tuple[list[Case], list[str]]:
     """All the cases of a data set, complete or not.
 
     Args:
         path: the data set: a folder or a list of files, as `read_cases` understands them.
         contrasts: the wanted contrasts in channel order, by any of their names; None takes every one that occurs.
+        layout: how it lies on disk; see `read_cases`.
+        raters: whose lesion masks to take where several drew them: a rater's name, or one of `RULES`.
 
     Returns:
         The cases, each with those of the wanted contrasts that it has, and the wanted contrasts.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: it is in no layout that is understood, or names cases twice or as no file can be named.
+        ValueError: it is in no layout that is understood, or not in that which is named, names cases twice or as no
+            file can be named, or no case has a mask of the rater.
     """
     path = Path(path)
     wanted = [canonical(name) for name in contrasts or ()]
     if twice := [name for name, times in Counter(wanted).items() if times > 1]:
         raise ValueError(f"--contrasts has {' and '.join(twice)} more than once: name each channel once.")
-    cases = read_cases(path)
+    cases = read_cases(path, layout)
     if not cases:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: {UNDERSTOOD}.")
-        raise ValueError(f"{path} has no cases in a layout that is understood: {UNDERSTOOD}.")
+        raise ValueError(f"{path} has no cases in a layout that is understood: {_advice(path)}.")
     for case in cases:
         check_name(case.id, path)
     if twice := [name for name, times in Counter(case.id for case in cases).items() if times > 1]:
         raise ValueError(f"{path} names {some(twice)} more than once: give each case its own name.")
     found = {name for case in cases for name in (*case.images, *case.several) if name != "mask"}
     if not found:
-        raise ValueError(f"{path} has no images of its {counted(len(cases), 'case')}: {UNDERSTOOD}.")
+        raise ValueError(f"{path} has no images of its {counted(len(cases), 'case')}: {_advice(path)}.")
+    if raters is not None:
+        cases = choose_raters(cases, raters, path)
     wanted = wanted or sorted(found, key=lambda name: (CONTRASTS.index(name) if name in CONTRASTS else 99, name))
     return [
         replace(case, images={name: case.images[name] for name in wanted if name in case.images}) for case in cases
     ], wanted
+
+
+def _advice(path: Path) -> str:
+    """What to do where no case with images was found."""
+    if name := resembled(path):
+        return f"it looks like the data set {name}, so give --layout {name}"
+    return UNDERSTOOD
+
+
+def choose_raters(cases: Sequence[Case], raters: str, path: Path) -> list[Case]:
+    """The cases with the masks of one rater, or with what a rule makes of all; see `Case.with_raters`."""
+    chosen = [case.with_raters(raters) for case in cases]
+    there = list(dict.fromkeys(name for case in cases for name in case.raters))
+    if there and not any(case.mask for case in chosen):
+        raise ValueError(
+            f"No case of {path} has a mask of {raters!r}: give one of {some(there)}, or {', '.join(RULES)}."
+        )
+    return chosen
+
+
+def reference_words(cases: Sequence[Case], raters: str | None) -> str:
+    """Whose masks are the reference, in a few words: ``majority of mask1, mask2``; nothing where nobody asked."""
+    if raters not in RULES:
+        return raters or ""
+    voters = list(dict.fromkeys(name for case in cases for name in case.raters if CONSENSUS not in name.lower()))
+    return f"{raters} of {some(voters, 9)}" + (", a tie is no lesion" if raters == "majority" else "")
 
 
 def check_name(name: str, path: Path) -> None:
@@ -99,7 +136,14 @@ def check_case(case: Case, contrasts: Sequence[str], *, require_mask: bool) -> N
         )
 
 
-def find_cases(path: str | Path, contrasts: Sequence[str] | None = None, *, require_mask: bool) -> list[Case]:
+def find_cases(
+    path: str | Path,
+    contrasts: Sequence[str] | None = None,
+    *,
+    require_mask: bool,
+    layout: str = "auto",
+    raters: str | None = None,
+) -> list[Case]:
     """The cases of a data set, every file of them read and found good.
 
     Several are read at once, and their number bounds the memory. On a terminal a bar shows how far it is.
@@ -108,11 +152,13 @@ def find_cases(path: str | Path, contrasts: Sequence[str] | None = None, *, requ
         path: the data set, as for `list_cases`.
         contrasts: the wanted contrasts in channel order; None wants every contrast that occurs.
         require_mask: whether a case needs a lesion mask on the grid of its first contrast.
+        layout: see `list_cases`.
+        raters: see `list_cases`.
 
     Raises:
         ValueError: naming every case that cannot serve, each with its reason.
     """
-    cases, contrasts = list_cases(path, contrasts)
+    cases, contrasts = list_cases(path, contrasts, layout=layout, raters=raters)
 
     def problem(case: Case) -> str:
         try:
@@ -175,6 +221,18 @@ def read_split(path: str | Path, cases: Sequence[Case], fold: int | None = None)
     if not parts["train"]:
         raise ValueError(f"{path} has no case under train: give some.")
     return {part: [case for case in cases if case.id in names] for part, names in parts.items()}
+
+
+def read_test_part(path: str | Path, cases: Sequence[Case]) -> list[Case]:
+    """The cases that a split file keeps for the end; see `read_split`.
+
+    Raises:
+        ValueError: also where the file keeps none.
+    """
+    test = read_split(path, cases)["test"]
+    if not test:
+        raise ValueError(f"{path} has no test part: leave out --split to take every case.")
+    return test
 
 
 def is_simulated(path: str | Path) -> bool:

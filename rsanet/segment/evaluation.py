@@ -21,10 +21,11 @@ from nibabel import orientations
 from tqdm import tqdm
 
 from rsanet.segment import files
-from rsanet.segment.datasets import list_cases
+from rsanet.segment.datasets import list_cases, read_test_part, reference_words
 from rsanet.segment.metrics import CaseMetrics, Protocol, SizeClass, choose_protocol, evaluate_case
+from rsanet.segment.raters import files_of, ignored_voxels
 from rsanet.segment.statistics import PairedTest, Summary, compare_paired, summarize
-from rsanet.segment.volumes import SUFFIXES, read_mask, stem
+from rsanet.segment.volumes import SUFFIXES, MaskSource, read_mask, stem
 from rsanet.segment.words import counted, sizes
 
 Array = np.ndarray
@@ -69,12 +70,15 @@ class Evaluation:
         cases: the cases that could be compared with their reference.
         failures: the others, and why in a sentence each.
         comparison: the same cases of another method, if one was given.
+        reference: whose masks the reference is, and what of them does not count; empty where there is one complete
+            mask of each case, and nobody asked.
     """
 
     protocol: Protocol
     cases: list[CaseMetrics]
     failures: dict[str, str]
     comparison: "Comparison | None" = None
+    reference: str = ""
 
     def summaries(self) -> dict[str, Summary]:
         """Mean, deviation and interval of each number over the cases where it is defined."""
@@ -133,6 +137,9 @@ def evaluate(
     spacing: Sequence[float] | None = None,
     protocol: str | Protocol = "custom",
     compare: PathLike | Array | None = None,
+    split: PathLike | None = None,
+    layout: str = "auto",
+    raters: str | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Compare two masks, two mask files, or the masks of two folders subject by subject.
@@ -148,6 +155,9 @@ def evaluate(
         spacing: voxel size in mm, for arrays; files carry their own.
         protocol: how lesions are counted, a key of ``PROTOCOLS`` or a protocol.
         compare: another prediction of the same references, of the kind of ``pred``.
+        split: a split file of the data set ``ref``, of which the test part alone is compared.
+        layout: how the data set ``ref`` lies on disk; see `rsanet.segment.layouts.read_cases`.
+        raters: whose masks of the data set ``ref`` are the reference; see `rsanet.segment.datasets.list_cases`.
         progress: show a bar on a terminal where it takes longer than two seconds.
 
     Returns:
@@ -163,10 +173,11 @@ def evaluate(
     if all(paths):
         if spacing is not None:
             raise ValueError("spacing is for arrays: files carry their own voxel size, so leave it out.")
-        evaluation = _evaluate_paths(Path(pred), Path(ref), chosen, progress=progress)
+        reads = {"split": split, "layout": layout, "raters": raters, "progress": progress}
+        evaluation = _evaluate_paths(Path(pred), Path(ref), chosen, **reads)
         if compare is not None:
             name = _subject(Path(pred)) if Path(pred).is_file() else None
-            other = _evaluate_paths(Path(compare), Path(ref), chosen, name=name, progress=progress)
+            other = _evaluate_paths(Path(compare), Path(ref), chosen, name=name, **reads)
             evaluation = replace(evaluation, comparison=_compare(evaluation, other, str(compare)))
         return evaluation
     if any(paths):
@@ -194,7 +205,15 @@ def _compare(evaluation: Evaluation, other: Evaluation, name: str) -> Comparison
 
 
 def _evaluate_paths(
-    pred: Path, ref: Path, protocol: Protocol, *, name: str | None = None, progress: bool = False
+    pred: Path,
+    ref: Path,
+    protocol: Protocol,
+    *,
+    name: str | None = None,
+    split: PathLike | None = None,
+    layout: str = "auto",
+    raters: str | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Two files, then called ``name``, or two folders."""
     for path in (pred, ref):
@@ -204,21 +223,44 @@ def _evaluate_paths(
     if pred.is_dir() != (ref.is_dir() or listed):
         several, one = (pred, ref) if pred.is_dir() else (ref, pred)
         raise ValueError(f"{several} holds many masks and {one} is one file: give two files or two folders.")
+    if not pred.is_dir() and (layout != "auto" or raters or split):
+        option = "--raters" if raters else "--split" if split else "--layout"
+        raise ValueError(f"{ref} is one mask, and {option} is for a data set: leave it out, or give the data set.")
     failures: dict[str, str] = {}
-    pairs = _pair(pred, ref, failures) if pred.is_dir() else {name or _subject(pred): (pred, ref)}
+    words = ""
+    pairs: dict[str, tuple[Path, Path | MaskSource]] = {name or _subject(pred): (pred, ref)}
+    if pred.is_dir():
+        references, words = find_references(ref, layout, raters)
+        predictions = find_masks(pred)
+        if split:
+            test = {case.id for case in read_test_part(split, list_cases(ref, layout=layout)[0])}
+            references, predictions = (
+                {name: masks for name, masks in found.items() if name in test} for found in (references, predictions)
+            )
+        pairs = _pair(pred, predictions, ref, references, failures)
     cases = []
+    left_out = False
     quiet = not (progress and sys.stderr.isatty())
     for subject, (pred_file, ref_file) in tqdm(pairs.items(), "evaluate", unit="case", delay=2, disable=quiet):
         try:
-            cases.append(_evaluate_files(pred_file, ref_file, protocol, subject))
+            found, incomplete = _evaluate_files(pred_file, ref_file, protocol, subject)
         except (ValueError, OSError) as error:
             failures[subject] = str(error)
-    return Evaluation(protocol, cases, dict(sorted(failures.items())))
+        else:
+            cases.append(found)
+            left_out |= incomplete
+    notes = [words] * bool(words) + ["voxels of other pathology count neither for nor against"] * left_out
+    return Evaluation(protocol, cases, dict(sorted(failures.items())), reference="; ".join(notes))
 
 
-def _pair(pred: Path, ref: Path, failures: dict[str, str]) -> dict[str, tuple[Path, Path]]:
+def _pair(
+    pred: Path,
+    predictions: Mapping[str, Sequence[Path]],
+    ref: Path,
+    references: Mapping[str, Sequence[Path | MaskSource]],
+    failures: dict[str, str],
+) -> dict[str, tuple[Path, Path | MaskSource]]:
     """Masks of two folders by subject; subjects without a partner go to ``failures``."""
-    predictions, references = find_masks(pred), find_references(ref)
     for folder, found in ((pred, predictions), (ref, references)):
         if not found:
             raise ValueError(f"{folder} has no masks: expected .nii or .nii.gz files, such as sub-001*.nii.gz.")
@@ -236,26 +278,34 @@ def _pair(pred: Path, ref: Path, failures: dict[str, str]) -> dict[str, tuple[Pa
             failures[subject] = f"{subject} has a prediction but no reference in {ref}."
         elif len(here) > 1 or len(there) > 1:
             folder, several = (pred, here) if len(here) > 1 else (ref, there)
-            names = ", ".join(os.path.relpath(file, folder if folder.is_dir() else folder.parent) for file in several)
-            failures[subject] = f"{subject} has several masks in {folder} ({names}): leave one."
+            names = ", ".join(
+                os.path.relpath(file, folder if folder.is_dir() else folder.parent)
+                for mask in several
+                for file in files_of(mask)
+            )
+            advice = "leave one" if folder == pred else "leave one, or give --raters"
+            failures[subject] = f"{subject} has several masks in {folder} ({names}): {advice}."
         else:
             pairs[subject] = (here[0], there[0])
     return pairs
 
 
-def find_references(source: Path) -> dict[str, list[Path]]:
-    """The lesion masks of a data set by case, of any layout that ``list_cases`` reads, else of a folder of masks."""
-    if not (source / "derivatives" / "lesions").is_dir():
+def find_references(
+    source: Path, layout: str = "auto", raters: str | None = None
+) -> tuple[dict[str, list[Path | MaskSource]], str]:
+    """The lesion masks of a data set by case, else of a folder of masks; and whose they are, where that was asked."""
+    chosen = layout != "auto" or raters is not None
+    if chosen or not (source / "derivatives" / "lesions").is_dir():
         try:
-            cases, _ = list_cases(source)
+            cases, _ = list_cases(source, layout=layout, raters=raters)
         except ValueError:
-            if source.is_file():
+            if source.is_file() or chosen:
                 raise
             cases = []  # masks alone are no data set
         masks = {case.id: [case.mask] if case.mask else case.several.get("mask", []) for case in cases}
         if masks := {case: paths for case, paths in masks.items() if paths}:
-            return masks
-    return find_masks(source) if source.is_dir() else {}
+            return masks, reference_words(cases, raters)
+    return find_masks(source) if source.is_dir() else {}, ""
 
 
 def find_masks(folder: PathLike) -> dict[str, list[Path]]:
@@ -281,7 +331,10 @@ def _subject(file: Path) -> str:
     return entities.group(0) if entities else re.sub(r"(_label-lesion)?(_mask)?$", "", name)
 
 
-def _evaluate_files(pred_file: Path, ref_file: Path, protocol: Protocol, subject: str) -> CaseMetrics:
+def _evaluate_files(
+    pred_file: Path, ref_file: Path | MaskSource, protocol: Protocol, subject: str
+) -> tuple[CaseMetrics, bool]:
+    """The numbers of a case, and whether some voxels of its reference do not count."""
     (pred, pred_image), (ref, ref_image) = read_mask(pred_file), read_mask(ref_file)
     pred, affine = _turn(pred, pred_image.affine, ref_image.affine)
     if pred.shape != ref.shape:
@@ -294,7 +347,11 @@ def _evaluate_files(pred_file: Path, ref_file: Path, protocol: Protocol, subject
             f"{pred_file} has the affine {np.round(affine, 3).tolist()} and {ref_file} "
             f"{np.round(ref_image.affine, 3).tolist()}: bring the prediction to the reference's grid."
         )
-    return evaluate_case(pred, ref, nibabel.affines.voxel_sizes(ref_image.affine), protocol, subject=subject)
+    ignored = ignored_voxels(ref_file)
+    if ignored is not None:
+        pred = pred & ~ignored
+    spacing = nibabel.affines.voxel_sizes(ref_image.affine)
+    return evaluate_case(pred, ref, spacing, protocol, subject=subject), ignored is not None
 
 
 def _turn(mask: Array, affine: Array, target: Array) -> tuple[Array, Array]:
@@ -324,13 +381,13 @@ def write_csv(evaluation: Evaluation, path: PathLike) -> None:
         for entry in row.pop("size_classes"):
             low, high = entry.pop("low_mm3"), entry.pop("high_mm3")
             row |= {f"{name}_{low:g}_{high:g}_mm3": count for name, count in entry.items()}
-        rows.append(row | rules)
+        rows.append(row | rules | ({"reference": evaluation.reference} if evaluation.reference else {}))
     files.write_csv(Path(path), rows)
 
 
 def write_json(evaluation: Evaluation, path: PathLike) -> None:
     """Write protocol, cases, summaries and failures; an undefined number is ``null``, since JSON has no NaN."""
-    content = {"protocol": asdict(evaluation.protocol), **_content(evaluation)}
+    content = {"protocol": asdict(evaluation.protocol), "reference": evaluation.reference, **_content(evaluation)}
     if evaluation.comparison:
         comparison = evaluation.comparison
         tests = {name: asdict(test) for name, test in comparison.tests.items()}
@@ -370,6 +427,8 @@ def _plain(value: Any) -> Any:
 def format_table(evaluation: Evaluation) -> str:
     """The tables for the terminal: protocol, cases and their means, lesion sizes, comparison, then the failures."""
     blocks = [textwrap.wrap(evaluation.protocol.describe(), WIDTH)]
+    if evaluation.reference:
+        blocks[0] += textwrap.wrap(f"Reference: {evaluation.reference}.", WIDTH)
     if evaluation.cases:
         blocks += [_case_lines(evaluation), _size_lines(evaluation)]
     if evaluation.comparison:

@@ -16,6 +16,7 @@ from rsanet.segment.datasets import Case, canonical, is_simulated
 from rsanet.segment.ensemble import Ensemble, Model, Prepared
 from rsanet.segment.files import check_new, remove_stale, written_beside
 from rsanet.segment.metrics import label_lesions
+from rsanet.segment.raters import files_of
 from rsanet.segment.report import draw_overlay
 from rsanet.segment.segmenter import Window
 from rsanet.segment.volumes import SUFFIXES, read_image, stem
@@ -263,7 +264,7 @@ def _as_volume(image: Any, name: str, affine: np.ndarray | None) -> Path | Spati
 
 def paths_of(case: Case) -> list[Path]:
     """The files of a case."""
-    return [path for path in (*case.images.values(), case.mask) if isinstance(path, Path)]
+    return [*(path for path in case.images.values() if isinstance(path, Path)), *files_of(case.mask)]
 
 
 def check_outputs(files: Mapping[str, Path], *, overwrite: bool) -> None:

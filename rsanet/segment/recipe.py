@@ -8,8 +8,22 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("rsa", "non_local", "none")
 LOSSES = ("dice_ce", "dice_focal", "tversky")
+LAYOUTS = (
+    *("auto", "bids", "nnunet", "folders", "flat", "list"),  # of any data set
+    *("isbi2015", "mslesseg", "msseg2016", "wmh2017", "shifts"),  # of the public ones
+)
+LAYOUT_HELP = f"How the data set lies on disk: {', '.join(LAYOUTS)}; auto finds out which of the first it is."
+RATERS_HELP = (
+    "Where several raters drew masks: the name of one of them (mask1, Consensus), or majority, union or intersection."
+)
 OPTIMIZERS = {"adamw": 1e-3, "sgd": 1e-2}  # with the peak learning rate where none is given
-CHOICES = {"attention": ATTENTIONS, "loss": LOSSES, "optimizer": tuple(OPTIMIZERS), "precision": PRECISIONS}
+CHOICES = {
+    "layout": LAYOUTS,
+    "attention": ATTENTIONS,
+    "loss": LOSSES,
+    "optimizer": tuple(OPTIMIZERS),
+    "precision": PRECISIONS,
+}
 SMALLEST_VOXEL, LARGEST_VOXEL = 0.05, 20  # mm; finer is a slip of the header, and no lesion survives coarser
 
 # Settings of the machine, not of the result: a run may go on elsewhere.
@@ -26,6 +40,8 @@ class Recipe:
     contrasts: Annotated[
         tuple[str, ...] | None, "Contrasts in channel order, e.g. FLAIR T1w; by default all that there are."
     ] = None
+    layout: Annotated[str, LAYOUT_HELP] = "auto"
+    raters: Annotated[str | None, RATERS_HELP] = None
     steps: Annotated[int, "Optimizer steps."] = 2000
     patch: Annotated[
         tuple[int, ...] | None,

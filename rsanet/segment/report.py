@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from rsanet.segment import files
 from rsanet.segment.metrics import PROTOCOLS, CaseMetrics, Protocol, evaluate_case
-from rsanet.segment.volumes import read_image, read_mask, same_grid
+from rsanet.segment.volumes import MaskSource, read_image, read_mask, same_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,7 +103,7 @@ class View:
                 masks.append(None)
                 continue
             source = what
-            if isinstance(mask, (str, os.PathLike)):
+            if isinstance(mask, (str, os.PathLike, MaskSource)):
                 source = str(mask)
                 voxels, header = read_mask(mask)
                 mask = nibabel.Nifti1Image(voxels.astype(np.uint8), header.affine)

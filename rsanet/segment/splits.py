@@ -3,8 +3,8 @@
 import random
 from collections.abc import Sequence
 
+from rsanet.segment.cases import Case
 from rsanet.segment.datasets import read_split
-from rsanet.segment.layouts import Case
 from rsanet.segment.recipe import Recipe
 from rsanet.segment.words import counted
 
@@ -42,4 +42,4 @@ def divide_cases(cases: Sequence[Case], recipe: Recipe) -> tuple[list[Case], lis
 
 def subject_of(case: Case) -> str:
     """The subject of a case, which may be one of their sessions."""
-    return case.id.partition("_ses-")[0]
+    return case.subject or case.id.partition("_ses-")[0]

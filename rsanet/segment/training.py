@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from rsanet.checkpoints import save_model
 from rsanet.network import RSANet
+from rsanet.segment.cases import Case
 from rsanet.segment.data import common_spacing, patch_transforms, preparing_to_train, validation_transforms
-from rsanet.segment.datasets import find_cases, list_cases
+from rsanet.segment.datasets import find_cases, list_cases, reference_words
 from rsanet.segment.environment import (
     MEMORY_FORMAT,
     Precision,
@@ -38,7 +39,6 @@ from rsanet.segment.environment import (
     pick_precision,
     refuse_wrong_gradients,
 )
-from rsanet.segment.layouts import Case
 from rsanet.segment.metrics import dice
 from rsanet.segment.patches import Patches, choose_patch, seed_of
 from rsanet.segment.recipe import OF_THE_MACHINE, Recipe
@@ -208,10 +208,10 @@ def train(
     device = pick_device(recipe.device)
     precision = pick_precision(recipe.precision, device)
     if leads():  # the processes of a run need not all read every file
-        cases = find_cases(data, recipe.contrasts, require_mask=True)
+        cases = find_cases(data, recipe.contrasts, require_mask=True, layout=recipe.layout, raters=recipe.raters)
         contrasts = list(cases[0].images)
     else:
-        cases, contrasts = list_cases(data, recipe.contrasts)
+        cases, contrasts = list_cases(data, recipe.contrasts, layout=recipe.layout, raters=recipe.raters)
     training, held_out = divide_cases(cases, recipe)
     divided = {"training": [case.id for case in training], "held_out": [case.id for case in held_out]}
     if resume and any(begun.get(part) != names for part, names in divided.items()):
@@ -273,10 +273,11 @@ def train(
                 }
             )
         backend = attention_backend(network, patch, device, precision)
+        drawn = f", masks: {words}" if (words := reference_words(cases, recipe.raters)) else ""
         many = f"{fabric.world_size} processes, " if fabric.world_size > 1 else ""
         print(
             f"{f'Resuming at step {progress.step}' if progress.step else 'Training'} on "
-            f"{counted(len(training), 'case')} ({', '.join(contrasts)}), {len(held_out)} held out: "
+            f"{counted(len(training), 'case')} ({', '.join(contrasts)}), {len(held_out)} held out{drawn}: "
             f"{many}{describe_device(fabric.device)}, attention backend {backend}, precision {precision}, "
             f"patch {sizes(patch)}, batch {recipe.batch}, seed {recipe.seed}.",
             flush=True,

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TypeAlias
 
@@ -35,7 +36,24 @@ LEAST_TISSUE = 0.001  # of the voxels of an image; the head in a generous field 
 LEAST_SHARED, LEAST_COVERED = 0.5, 0.1  # of a field of view; see check_views
 
 Volume: TypeAlias = str | os.PathLike | SpatialImage
-"""A NIfTI file, or an image of nibabel in memory."""
+"""A file, or an image of nibabel in memory."""
+
+
+class MaskSource(ABC):
+    """A lesion mask that is not simply a file, but knows how to read itself; ``str`` of it names it in messages."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """The files that it is made of."""
+
+    @abstractmethod
+    def read(self) -> tuple[np.ndarray, nib.Nifti1Image]:
+        """As `read_mask`."""
+
+    @abstractmethod
+    def ignored(self) -> np.ndarray | None:
+        """Voxels ``(X, Y, Z)`` that count neither for nor against a prediction; None where there are none."""
 
 
 class DataWarning(UserWarning):
@@ -246,7 +264,7 @@ def _in_head(bad: np.ndarray, shown: np.ndarray) -> bool:
     return bool((ndimage.binary_dilation(shown, np.ones((3, 3, 3))) & bad).any())
 
 
-def read_mask(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
+def read_mask(volume: Volume | MaskSource) -> tuple[np.ndarray, nib.Nifti1Image]:
     """Reads a binary mask: 0 and one other number, whichever it is.
 
     Returns:
@@ -255,6 +273,8 @@ def read_mask(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
     Raises:
         ValueError: also where the voxels are anything else, NaN and infinities included.
     """
+    if isinstance(volume, MaskSource):
+        return volume.read()
     voxels, image = read_volume(volume)
     name = name_of(volume)
     mask = voxels != 0

@@ -117,3 +117,28 @@ def test_a_changed_rule_is_printed_as_custom(folders, rsanet):
     assert code == 0
     assert out.startswith("Protocol custom: 6-connected")
     assert "lesions up to 9 mm³ left out" in out
+
+
+def test_a_split_leaves_the_cases_it_does_not_keep_for_the_end(tmp_path, rsanet, phantoms):
+    cohort = phantoms.write_cohort(tmp_path / "cohort", 4)
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["sub-001"], "validation": ["sub-002"], "test": ["sub-003", "sub-004"]}))
+    for number in (1, 3, 4):  # of the first nobody asks, although it has a mask
+        mask = phantoms.mask_path(cohort, f"sub-00{number}")
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        (tmp_path / "masks" / mask.name).write_bytes(mask.read_bytes())
+    table = tmp_path / "scores.json"
+    code, _, err = rsanet("evaluate", tmp_path / "masks", cohort, "--split", split, "--json", table)
+    assert (code, err) == (0, "")
+    assert [case["subject"] for case in json.loads(table.read_text())["cases"]] == ["sub-003", "sub-004"]
+    (tmp_path / "masks" / phantoms.mask_path(cohort, "sub-004").name).unlink()
+    code, _, err = rsanet("evaluate", tmp_path / "masks", cohort, "--split", split)
+    assert code == 1
+    assert "sub-004 has a reference but no prediction" in err
+
+
+def test_a_split_is_of_a_data_set(folders, tmp_path, rsanet):
+    ref, good, _ = folders
+    code, out, err = rsanet("evaluate", good / "sub-1.nii.gz", ref / "sub-1.nii.gz", "--split", tmp_path / "split.json")
+    assert (code, out) == (1, "")
+    assert "--split is for a data set" in err

@@ -1,0 +1,82 @@
+"""What the names of files and columns say of their content: a contrast, a lesion mask, a subject."""
+
+import re
+from pathlib import Path
+
+from rsanet.segment.volumes import SUFFIXES, stem
+
+# The contrasts that go by several names, in lower case; any other name stays as it is written.
+ALIASES = {
+    **dict.fromkeys(("flair", "3dflair"), "FLAIR"),
+    **dict.fromkeys(("t1", "t1w", "3dt1"), "T1w"),
+    **dict.fromkeys(("t2", "t2w"), "T2w"),
+    **dict.fromkeys(("pd", "pdw", "dp"), "PDw"),
+    **dict.fromkeys(("t1ce", "t1gd", "t1c", "t1wks", "gado", "3dt1gado"), "T1ce"),
+}
+
+# Words in the names of files and columns, in lower case.
+MASK = re.compile(r"(masks?|lesions?|labels?|consensus|manual|seg|segmentation|gt|wmh)\d*")
+OTHER_MASK = re.compile(r"(brain|brainmask|head|skull|csf|gm|wm)\d*")  # no lesion mask with one of these
+NO_SCAN = ("prob", "probability")
+AGENT = ("ce", "gd", "gado", "gadolinium")  # beside T1w, which is a T1ce then
+REGISTERED_TO = ("to", "in", "on", "2")  # T1_to_FLAIR is a T1w
+
+
+def canonical(contrast: str) -> str:
+    """The one name of a contrast that goes by several: ``T1w`` for ``t1``."""
+    return ALIASES.get(contrast.strip().lower(), contrast.strip())
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder that are not hidden, in order; none where it does not exist."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in there if not path.name.startswith(".") and path.is_dir())
+
+
+def volumes_in(folder: Path) -> list[Path]:
+    """The NIfTI files in a folder that are not hidden, in order; none where it does not exist."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in there if not path.name.startswith(".") and path.name.endswith(SUFFIXES))
+
+
+def words_of(name: str) -> list[re.Match]:
+    """The words of a name, and where each stands."""
+    return list(re.finditer(r"[^_\-. ]+", name))
+
+
+def _read_name(name: str) -> tuple[str, str]:
+    """What a name says that it names, a contrast, ``mask`` or nothing known, and what stands before that."""
+    matches = words_of(name)
+    words = [match[0].lower() for match in matches]
+    if any(word in NO_SCAN for word in words):
+        return "", name
+    masks = [place for place, word in enumerate(words) if MASK.fullmatch(word)]
+    if masks and any(OTHER_MASK.fullmatch(word) for word in words):
+        return "", name
+    for place, word in enumerate(words):
+        if word in REGISTERED_TO and place and words[place - 1] in ALIASES:
+            words = words[:place]
+            break
+    contrasts = [place for place, word in enumerate(words) if word in ALIASES]
+    if not masks and not contrasts:
+        return "", name
+    start = masks[0] if masks else contrasts[-1]
+    kind = "mask" if masks else ALIASES[words[start]]
+    if kind == "T1w" and any(word in AGENT for word in words[max(0, start - 1) : start + 2]):
+        kind = "T1ce"
+        while start and words[start - 1] in AGENT:
+            start -= 1
+    return kind, name[: matches[start].start()].rstrip("_-. ")
+
+
+def kind_of(name: str) -> str:
+    """What a name says that it names: a contrast, ``mask``, or nothing known."""
+    return _read_name(name)[0]
+
+
+def subject_of_name(path: Path) -> str:
+    """The subject that a file name begins with, or that of its folder where the name begins with what it holds."""
+    name = stem(path)
+    if entities := re.match(r"sub-[^\W_]+(_ses-[^\W_]+)?", name):
+        return entities[0]
+    return _read_name(name)[1] or path.resolve().parent.name
