@@ -3,7 +3,6 @@
 A reader returns `Case` objects, complete or not, with contrasts by one name each; nothing after it knows a layout.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from rsanet.segment.cases import Case, make_case
 from rsanet.segment.lists import channels_of, read_datalist, read_json, read_table
 from rsanet.segment.names import canonical, kind_of, subfolders, subject_of_name, volumes_in
+from rsanet.segment.provenance import is_predicted
 from rsanet.segment.public_datasets import PUBLIC
 from rsanet.segment.recipe import LAYOUTS
 from rsanet.segment.volumes import stem
@@ -105,15 +105,6 @@ def read_bids(folder: Path) -> list[Case]:
                 ]
             cases.append(make_case("_".join(where.parts), images, masks, place=(where / "anat").as_posix()))
     return cases
-
-
-def is_predicted(folder: Path) -> bool:
-    """Whether a folder of derivatives is of `rsanet predict`, by its ``dataset_description.json``."""
-    try:
-        description = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8"))
-        return "rsanet" in [entry["Name"] for entry in description["GeneratedBy"]]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False  # no description, or one that names no maker
 
 
 def nnunet_images(path: Path) -> Path | None:
