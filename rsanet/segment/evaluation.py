@@ -25,7 +25,7 @@ from rsanet.segment.datasets import list_cases, reference_words
 from rsanet.segment.metrics import CaseMetrics, Protocol, SizeClass, choose_protocol, evaluate_case
 from rsanet.segment.raters import files_of, ignored_voxels
 from rsanet.segment.statistics import PairedTest, Summary, compare_paired, summarize
-from rsanet.segment.volumes import SUFFIXES, MaskSource, read_mask, stem
+from rsanet.segment.volumes import SUFFIXES, MaskSource, names_volume, read_mask, stem
 from rsanet.segment.words import counted, sizes
 
 Array = np.ndarray
@@ -216,7 +216,7 @@ def _evaluate_paths(
     for path in (pred, ref):
         if not path.exists():
             raise ValueError(f"{path} does not exist: give a mask or a folder of masks.")
-    listed = ref.is_file() and not ref.name.endswith(SUFFIXES)
+    listed = ref.is_file() and not names_volume(ref.name)
     if pred.is_dir() != (ref.is_dir() or listed):
         several, one = (pred, ref) if pred.is_dir() else (ref, pred)
         raise ValueError(f"{several} holds many masks and {one} is one file: give two files or two folders.")

@@ -13,7 +13,7 @@ from rsanet.segment.names import canonical, kind_of, subfolders, subject_of_name
 from rsanet.segment.provenance import is_predicted
 from rsanet.segment.public_datasets import PUBLIC
 from rsanet.segment.recipe import LAYOUTS
-from rsanet.segment.volumes import stem
+from rsanet.segment.volumes import is_nifti, stem
 
 UNDERSTOOD = (
     "give a BIDS folder (sub-001/anat/sub-001_FLAIR.nii.gz), an nnU-Net folder (dataset.json, imagesTr), a folder with "
@@ -145,8 +145,11 @@ def read_folders(folder: Path) -> list[Case]:
     The words of a file name say what it holds, a contrast or a lesion mask; other files are left out.
     """
     cases = []
-    for subject in subfolders(folder):
-        if files := [(kind_of(stem(path).removeprefix(subject.name)), path) for path in volumes_in(subject)]:
+    found = {subject: volumes_in(subject) for subject in subfolders(folder)}
+    converted = any(is_nifti(path) for paths in found.values() for path in paths)  # elsewhere, then, to NIfTI
+    for subject, paths in found.items():
+        kinds = [(kind_of(stem(path).removeprefix(subject.name)), path) for path in paths]
+        if files := [(kind, path) for kind, path in kinds if is_nifti(path) or not converted]:
             images = [(kind, path) for kind, path in files if kind not in ("", "mask")]
             cases.append(make_case(subject.name, images, [path for kind, path in files if kind == "mask"]))
     return cases

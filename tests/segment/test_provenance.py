@@ -114,9 +114,7 @@ def test_derivatives_within_the_data_set_leave_it_as_it_was(tmp_path, phantoms):
     before = list_cases(root)
     predict_cohort(segmenter(), root, root / "derivatives" / "rsanet")
     assert list_cases(root) == before
-    with pytest.raises(
-        ValueError, match=r"bids is another data set, by its .*example .*derivatives/rsanet"
-    ):
+    with pytest.raises(ValueError, match=r"bids is another data set, by its .*example .*derivatives/rsanet"):
         predict_cohort(segmenter(), root, root)
     assert not list((root / "sub-2").rglob("*mask*"))
 
