@@ -14,6 +14,7 @@ from rsanet.segment.ensemble import Ensemble, Model, Prepared
 from rsanet.segment.files import ENCODING, check_writable, remove_stale, write_csv
 from rsanet.segment.prediction import Options, Prediction, predict_case
 from rsanet.segment.processes import Processes, shared_work
+from rsanet.segment.provenance import DESCRIPTION, describe_derivatives, is_predicted
 from rsanet.segment.words import counted, sizes
 
 TABLE = "predictions.csv"
@@ -27,7 +28,7 @@ class Row:
 
     Attributes:
         case: name of the case.
-        mask: file name of the mask, beside the table.
+        mask: the mask, below the folder of the table.
         lesions: number of 26-connected lesions.
         load_mm3: their volume.
         seconds: time from the files to the files, of this case alone.
@@ -46,11 +47,11 @@ class Row:
     made_by: str
 
     @classmethod
-    def of(cls, found: Prediction, made_by: str) -> "Row":
-        """The row of a prediction that was written."""
+    def of(cls, found: Prediction, made_by: str, folder: Path) -> "Row":
+        """The row of a prediction that was written into a folder."""
         return cls(
             found.case,
-            found.path.name if found.path else "",
+            found.path.relative_to(folder).as_posix() if found.path else "",
             found.lesions,
             round(found.load_mm3, 1),
             round(found.seconds, 2),
@@ -96,6 +97,9 @@ def predict_cohort(
 ) -> tuple[list[Row], dict[str, str]]:
     """Writes a mask for every case of a data set, and ``predictions.csv``. A bad case does not stop the others.
 
+    Masks of a BIDS data set go into a tree like its own, and the folder becomes one of BIDS derivatives; those of other
+    layouts lie side by side. Each has a ``.json`` that says how it came about.
+
     The table has a row for each mask, and is written again after each: what was done stays done if the run is killed.
     The next case is read while the network runs. Processes that `torchrun` started share the cases.
 
@@ -133,7 +137,13 @@ def predict_cohort(
     with shared_work() as processes:
         work = processes.decided_first(
             lambda: _plan(
-                _cases(data, ensemble, split, layout), out, options, made_by, resume=resume, overwrite=overwrite
+                _cases(data, ensemble, split, layout),
+                Path(data),
+                out,
+                options,
+                made_by,
+                resume=resume,
+                overwrite=overwrite,
             )
         )
         if processes.rank == 0 and say:
@@ -158,7 +168,10 @@ def _cases(data: str | os.PathLike, ensemble: Ensemble, split: str | os.PathLike
 
 def describe_maker(ensemble: Ensemble, options: Options) -> str:
     """The models and settings that decide a mask, in one line."""
-    words = [str(Path(member.name).resolve()) for member in ensemble.members]
+    words = [
+        f"{Path(member.name).resolve()}{f' (sha256 {member.sha256[:12]})' if member.sha256 else ''}"
+        for member in ensemble.members
+    ]
     words.append(f"threshold {options.threshold:g}")
     if options.min_lesion_mm3:
         words.append(f"lesions from {options.min_lesion_mm3:g} mm³")
@@ -167,11 +180,24 @@ def describe_maker(ensemble: Ensemble, options: Options) -> str:
     return ", ".join(words + [f"window {sizes(member.roi)}" for member in ensemble.members])
 
 
-def _plan(cases: list[Case], out: Path, options: Options, made_by: str, *, resume: bool, overwrite: bool) -> Work:
+def mask_path(case: Case, out: Path) -> Path:
+    """The mask of a case in a folder: in the tree of BIDS, if the case is from there."""
+    return out / case.place / MASK_NAME.format(case=case.id)
+
+
+def _plan(
+    cases: list[Case], data: Path, out: Path, options: Options, made_by: str, *, resume: bool, overwrite: bool
+) -> Work:
     """Looks at what the folder holds, before anything is computed, and makes it ready."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder for the masks.")
-    files = {case.id: options.files(out / MASK_NAME.format(case=case.id)).values() for case in cases}
+    files = {case.id: options.files(mask_path(case, out)).values() for case in cases}
+    derivatives = any(case.place for case in cases)
+    if derivatives and (out / DESCRIPTION).exists() and not is_predicted(out):
+        raise ValueError(
+            f"{out} is another data set, by its {DESCRIPTION}: give the masks a folder of their own, for example "
+            f"{data / 'derivatives' / 'rsanet'}."
+        )
     present = [case.id for case in cases if any(file.exists() for file in files[case.id])]
     if present and not (resume or overwrite):
         some = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
@@ -194,7 +220,10 @@ def _plan(cases: list[Case], out: Path, options: Options, made_by: str, *, resum
     )
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out / TABLE)
-    remove_stale(out)
+    for folder in {out, *(file.parent for paths in files.values() for file in paths)}:
+        remove_stale(folder)
+    if derivatives:
+        describe_derivatives(out, data)
     parts = list(out.glob(PART.format(rank="*")))
     if parts and work.rows:
         _write_table(out / TABLE, work.rows)
@@ -220,12 +249,12 @@ def _do_share(
     for case, reading in read_ahead(ensemble.prepare, work.left[processes.rank :: processes.size]):
         result: Prediction | str
         try:
-            result = predict_case(ensemble, reading.result(), out / MASK_NAME.format(case=case.id), options)
+            result = predict_case(ensemble, reading.result(), mask_path(case, out), options)
         except (ValueError, OSError) as error:
             known = isinstance(error, OSError) and error.strerror
             result = failures[case.id] = f"{error.filename}: {error.strerror.lower()}." if known else str(error)
         else:
-            rows[case.id] = Row.of(result, work.made_by)
+            rows[case.id] = Row.of(result, work.made_by, out)
             _write_table(table, {**work.rows, **rows} if first else rows)
         if progress:
             progress(numbers[case.id], len(work.cases), result)

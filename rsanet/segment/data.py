@@ -36,7 +36,7 @@ from monai.transforms import (
 from torch import Tensor
 
 from rsanet.segment.cases import Case
-from rsanet.segment.volumes import ROUNDING, check_views, read_image, read_mask, same_grid, tissue_mask
+from rsanet.segment.volumes import ROUNDING, check_views, load_grid, read_image, read_mask, same_grid, tissue_mask
 
 # Stored as (z, y, x), the network's axis names are anatomically true: "axial" runs from inferior to superior.
 ORIENTATION = "SAR"
@@ -55,7 +55,7 @@ def voxel_size(image: nib.Nifti1Image) -> np.ndarray:
 
 def common_spacing(cases: Sequence[Case]) -> tuple[float, float, float] | None:
     """The voxel size to bring cases to: None where all have about the same, else the median along each axis."""
-    found = np.array([voxel_size(nib.load(next(iter(case.images.values())))) for case in cases])
+    found = np.array([voxel_size(load_grid(next(iter(case.images.values())))) for case in cases])
     median = np.median(found, axis=0)
     if (np.abs(found / median - 1) < ALIKE).all():
         return None

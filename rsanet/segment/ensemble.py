@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd
-from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
 from rsanet.segment.data import preprocessing
@@ -19,6 +18,7 @@ from rsanet.segment.datasets import Case
 from rsanet.segment.environment import describe_device
 from rsanet.segment.memory import lack_told
 from rsanet.segment.segmenter import Segmenter, Window
+from rsanet.segment.volumes import load_grid
 from rsanet.segment.words import sizes
 
 Model: TypeAlias = str | os.PathLike | Segmenter
@@ -136,10 +136,7 @@ class Ensemble:
                 transform = preprocessing(spacing)
                 volumes[spacing] = transform(Case(case.id, case.images))["image"], transform
         first = case.images[self.contrasts[0]]
-        grid = first if isinstance(first, SpatialImage) else nib.load(first)
-        if not isinstance(grid, nib.Nifti1Image):
-            grid = nib.Nifti1Image.from_image(grid)
-        return Prepared(case, grid, volumes, time.perf_counter() - started)
+        return Prepared(case, load_grid(first), volumes, time.perf_counter() - started)
 
     def windows(self, ready: Prepared) -> list[Window]:
         """The window of each model for a case."""

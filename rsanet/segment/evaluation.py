@@ -6,10 +6,8 @@ The numbers of one case are those of ``rsanet.segment.metrics``.
 import json
 import math
 import os
-import re
 import sys
 import textwrap
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,18 +19,18 @@ from nibabel import orientations
 from tqdm import tqdm
 
 from rsanet.segment import files
-from rsanet.segment.datasets import list_cases, read_test_part, reference_words
+from rsanet.segment.datasets import list_cases, read_test_part
 from rsanet.segment.metrics import CaseMetrics, Protocol, SizeClass, choose_protocol, evaluate_case
-from rsanet.segment.raters import files_of, ignored_voxels
+from rsanet.segment.pairs import find_masks, find_references, pair_masks, subject_of_mask
+from rsanet.segment.raters import ignored_voxels
 from rsanet.segment.statistics import PairedTest, Summary, compare_paired, summarize
-from rsanet.segment.volumes import SUFFIXES, MaskSource, read_mask, stem
+from rsanet.segment.volumes import MaskSource, names_volume, read_mask
 from rsanet.segment.words import counted, sizes
 
 Array = np.ndarray
 PathLike = str | os.PathLike
 
 NUMBERS = tuple(entry.name for entry in fields(CaseMetrics) if entry.name not in ("subject", "size_classes"))
-NOT_MASKS = re.compile(r"(prob|FLAIR|T1w|T2w|PDw|T1|T2|flair)(seg)?\.nii(\.gz)?$")
 WIDTH = 118
 FEW = 10  # below this, resampled cases repeat each other so much that a percentile interval covers too little
 
@@ -176,7 +174,7 @@ def evaluate(
         reads = {"split": split, "layout": layout, "raters": raters, "progress": progress}
         evaluation = _evaluate_paths(Path(pred), Path(ref), chosen, **reads)
         if compare is not None:
-            name = _subject(Path(pred)) if Path(pred).is_file() else None
+            name = subject_of_mask(Path(pred)) if Path(pred).is_file() else None
             other = _evaluate_paths(Path(compare), Path(ref), chosen, name=name, **reads)
             evaluation = replace(evaluation, comparison=_compare(evaluation, other, str(compare)))
         return evaluation
@@ -219,7 +217,7 @@ def _evaluate_paths(
     for path in (pred, ref):
         if not path.exists():
             raise ValueError(f"{path} does not exist: give a mask or a folder of masks.")
-    listed = ref.is_file() and not ref.name.endswith(SUFFIXES)
+    listed = ref.is_file() and not names_volume(ref.name)
     if pred.is_dir() != (ref.is_dir() or listed):
         several, one = (pred, ref) if pred.is_dir() else (ref, pred)
         raise ValueError(f"{several} holds many masks and {one} is one file: give two files or two folders.")
@@ -228,7 +226,7 @@ def _evaluate_paths(
         raise ValueError(f"{ref} is one mask, and {option} is for a data set: leave it out, or give the data set.")
     failures: dict[str, str] = {}
     words = ""
-    pairs: dict[str, tuple[Path, Path | MaskSource]] = {name or _subject(pred): (pred, ref)}
+    pairs: dict[str, tuple[Path, Path | MaskSource]] = {name or subject_of_mask(pred): (pred, ref)}
     if pred.is_dir():
         references, words = find_references(ref, layout, raters)
         predictions = find_masks(pred)
@@ -237,7 +235,7 @@ def _evaluate_paths(
             references, predictions = (
                 {name: masks for name, masks in found.items() if name in test} for found in (references, predictions)
             )
-        pairs = _pair(pred, predictions, ref, references, failures)
+        pairs = pair_masks(pred, predictions, ref, references, failures)
     cases = []
     left_out = False
     quiet = not (progress and sys.stderr.isatty())
@@ -251,84 +249,6 @@ def _evaluate_paths(
             left_out |= incomplete
     notes = [words] * bool(words) + ["voxels of other pathology count neither for nor against"] * left_out
     return Evaluation(protocol, cases, dict(sorted(failures.items())), reference="; ".join(notes))
-
-
-def _pair(
-    pred: Path,
-    predictions: Mapping[str, Sequence[Path]],
-    ref: Path,
-    references: Mapping[str, Sequence[Path | MaskSource]],
-    failures: dict[str, str],
-) -> dict[str, tuple[Path, Path | MaskSource]]:
-    """Masks of two folders by subject; subjects without a partner go to ``failures``."""
-    for folder, found in ((pred, predictions), (ref, references)):
-        if not found:
-            raise ValueError(f"{folder} has no masks: expected .nii or .nii.gz files, such as sub-001*.nii.gz.")
-    if not predictions.keys() & references.keys():
-        raise ValueError(
-            f"No mask in {pred} has a partner in {ref}: the first names are {next(iter(predictions))} and "
-            f"{next(iter(references))}; name both after the subject, such as sub-001*.nii.gz."
-        )
-    pairs = {}
-    for subject in sorted(predictions.keys() | references.keys()):
-        here, there = predictions.get(subject, []), references.get(subject, [])
-        if not here:
-            failures[subject] = f"{subject} has a reference but no prediction in {pred}."
-        elif not there:
-            failures[subject] = f"{subject} has a prediction but no reference in {ref}."
-        elif len(here) > 1 or len(there) > 1:
-            folder, several = (pred, here) if len(here) > 1 else (ref, there)
-            names = ", ".join(
-                os.path.relpath(file, folder if folder.is_dir() else folder.parent)
-                for mask in several
-                for file in files_of(mask)
-            )
-            advice = "leave one" if folder == pred else "leave one, or give --raters"
-            failures[subject] = f"{subject} has several masks in {folder} ({names}): {advice}."
-        else:
-            pairs[subject] = (here[0], there[0])
-    return pairs
-
-
-def find_references(
-    source: Path, layout: str = "auto", raters: str | None = None
-) -> tuple[dict[str, list[Path | MaskSource]], str]:
-    """The lesion masks of a data set by case, else of a folder of masks; and whose they are, where that was asked."""
-    chosen = layout != "auto" or raters is not None
-    if chosen or not (source / "derivatives" / "lesions").is_dir():
-        try:
-            cases, _ = list_cases(source, layout=layout, raters=raters)
-        except ValueError:
-            if source.is_file() or chosen:
-                raise
-            cases = []  # masks alone are no data set
-        masks = {case.id: [case.mask] if case.mask else case.several.get("mask", []) for case in cases}
-        if masks := {case: paths for case, paths in masks.items() if paths}:
-            return masks, reference_words(cases, raters)
-    return find_masks(source) if source.is_dir() else {}, ""
-
-
-def find_masks(folder: PathLike) -> dict[str, list[Path]]:
-    """The mask files of a folder by subject: of a cohort, those of ``derivatives/lesions``."""
-    folder = Path(folder)
-    root = folder / "derivatives" / "lesions"
-    found: dict[str, list[Path]] = {}
-    for file in sorted((root if root.is_dir() else folder).rglob("*.nii*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.name.endswith(SUFFIXES) and not hidden and not NOT_MASKS.search(file.name):
-            found.setdefault(_subject(file), []).append(file)
-    # Where some of a subject's files are named as lesion masks, the others are something else.
-    for subject, masks in found.items():
-        named = [mask for mask in masks if "label-lesion" in mask.name]
-        found[subject] = named or masks
-    return found
-
-
-def _subject(file: Path) -> str:
-    # macOS takes letters with accents apart, and other systems do not.
-    name = unicodedata.normalize("NFC", stem(file))
-    entities = re.match(r"(sub-[^\W_]+)(_ses-[^\W_]+)?", name)
-    return entities.group(0) if entities else re.sub(r"(_label-lesion)?(_mask)?$", "", name)
 
 
 def _evaluate_files(

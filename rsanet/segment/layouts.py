@@ -3,7 +3,6 @@
 A reader returns `Case` objects, complete or not, with contrasts by one name each; nothing after it knows a layout.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 from rsanet.segment.cases import Case, make_case
 from rsanet.segment.lists import channels_of, read_datalist, read_json, read_table
 from rsanet.segment.names import canonical, kind_of, subfolders, subject_of_name, volumes_in
+from rsanet.segment.provenance import is_predicted
 from rsanet.segment.public_datasets import PUBLIC
 from rsanet.segment.recipe import LAYOUTS
-from rsanet.segment.volumes import stem
+from rsanet.segment.volumes import is_nifti, stem
 
 UNDERSTOOD = (
     "give a BIDS folder (sub-001/anat/sub-001_FLAIR.nii.gz), an nnU-Net folder (dataset.json, imagesTr), a folder with "
@@ -107,15 +107,6 @@ def read_bids(folder: Path) -> list[Case]:
     return cases
 
 
-def is_predicted(folder: Path) -> bool:
-    """Whether a folder of derivatives is of `rsanet predict`, by its ``dataset_description.json``."""
-    try:
-        description = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8"))
-        return "rsanet" in [entry["Name"] for entry in description["GeneratedBy"]]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False  # no description, or one that names no maker
-
-
 def nnunet_images(path: Path) -> Path | None:
     """The folder of images that a path to an nnU-Net data set, or to a part of one, means; None where it is none."""
     if (path / "dataset.json").is_file() and (path / "imagesTr").is_dir():
@@ -154,8 +145,11 @@ def read_folders(folder: Path) -> list[Case]:
     The words of a file name say what it holds, a contrast or a lesion mask; other files are left out.
     """
     cases = []
-    for subject in subfolders(folder):
-        if files := [(kind_of(stem(path).removeprefix(subject.name)), path) for path in volumes_in(subject)]:
+    found = {subject: volumes_in(subject) for subject in subfolders(folder)}
+    converted = any(is_nifti(path) for paths in found.values() for path in paths)  # elsewhere, then, to NIfTI
+    for subject, paths in found.items():
+        kinds = [(kind_of(stem(path).removeprefix(subject.name)), path) for path in paths]
+        if files := [(kind, path) for kind, path in kinds if is_nifti(path) or not converted]:
             images = [(kind, path) for kind, path in files if kind not in ("", "mask")]
             cases.append(make_case(subject.name, images, [path for kind, path in files if kind == "mask"]))
     return cases

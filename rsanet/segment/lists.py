@@ -10,7 +10,7 @@ from typing import Any
 
 from rsanet.segment.cases import Case, make_case
 from rsanet.segment.names import MASK, canonical, kind_of, subject_of_name, words_of
-from rsanet.segment.volumes import SUFFIXES, stem
+from rsanet.segment.volumes import names_volume, stem
 from rsanet.segment.words import counted
 
 IDS = ("id", "subject", "case", "participant_id", "subject_id", "case_id")
@@ -38,7 +38,7 @@ def read_table(path: Path) -> list[Case]:
             if not any(row):
                 continue
             if not header:
-                if files := [cell for cell in row if cell.endswith(SUFFIXES)]:
+                if files := [cell for cell in row if names_volume(cell)]:
                     raise ValueError(f"{where} names no columns, but {files[0]}: put a header such as {HEADER} above.")
                 header = row
             elif len(row) != len(header):
@@ -147,7 +147,7 @@ def _listed(rows: Sequence[tuple[str, Sequence[tuple[str, Any]]]], path: Path) -
         name, images, masks = "", [], []
         for column, value in columns:
             kind = kind_of(column)
-            file = isinstance(value, str) and value.endswith(SUFFIXES)
+            file = isinstance(value, str) and names_volume(value)
             if column.lower() in IDS:
                 name = str(value)
             elif not kind and (not file or any(MASK.fullmatch(word[0].lower()) for word in words_of(column))):

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from rsanet.segment.volumes import SUFFIXES, stem
+from rsanet.segment.formats import is_other_format
+from rsanet.segment.volumes import is_nifti, stem
 
 # The contrasts that go by several names, in lower case; any other name stays as it is written.
 ALIASES = {
@@ -34,9 +35,13 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def volumes_in(folder: Path) -> list[Path]:
-    """The NIfTI files in a folder that are not hidden, in order; none where it does not exist."""
-    there = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in there if not path.name.startswith(".") and path.name.endswith(SUFFIXES))
+    """The volumes in a folder that are not hidden, in order; none where it does not exist.
+
+    Other formats than NIfTI, and folders of DICOM series, are left out beside NIfTI files: those were made of them.
+    """
+    there = sorted(folder.iterdir()) if folder.is_dir() else ()
+    shown = [path for path in there if not path.name.startswith(".")]
+    return [path for path in shown if is_nifti(path)] or [path for path in shown if is_other_format(path)]
 
 
 def words_of(name: str) -> list[re.Match]:

@@ -16,6 +16,7 @@ from rsanet.segment.datasets import Case, canonical, is_simulated
 from rsanet.segment.ensemble import Ensemble, Model, Prepared
 from rsanet.segment.files import check_new, remove_stale, written_beside
 from rsanet.segment.metrics import label_lesions
+from rsanet.segment.provenance import write_sidecar
 from rsanet.segment.raters import files_of
 from rsanet.segment.report import draw_overlay
 from rsanet.segment.segmenter import Window
@@ -51,8 +52,8 @@ class Options:
             )
 
     def files(self, mask: Path) -> dict[str, Path]:
-        """The files of a case by what they hold: ``mask``, ``probability``, ``preview``."""
-        found = {"mask": mask}
+        """The files of a case by what they hold: ``mask``, ``sidecar``, ``probability``, ``preview``."""
+        found = {"mask": mask, "sidecar": mask.with_name(stem(mask) + ".json")}
         if self.probability_map:
             # The ending of BIDS, by which a folder's masks are told from its probability maps.
             name = stem(mask).removesuffix("_mask") + "_probseg"
@@ -73,7 +74,7 @@ class Prediction:
         affine: ``(4, 4)``, from voxels to mm.
         lesions: number of 26-connected lesions in the mask.
         load_mm3: their volume by the header.
-        seconds: time from the files to the files.
+        seconds: time from the files to the mask.
         backend: what ran the attention.
         windows: what each network saw at once.
         path: the mask's file, if it was written.
@@ -112,7 +113,8 @@ def predict(
         model: a run folder, a model file or a `Segmenter`, or several whose probabilities are averaged.
         images: files, images of nibabel, or arrays with ``affine``, in the order of the model's contrasts or by
             contrast. Those on other grids are brought to the first one's by their headers.
-        out: file for the mask, ``.nii`` or ``.nii.gz``; None writes nothing.
+        out: file for the mask, ``.nii`` or ``.nii.gz``, with a ``.json`` beside it that says how the mask came about;
+            None writes nothing.
         affine: from voxels to mm; needed with arrays only.
         threshold: see `Options`.
         min_lesion_mm3: see `Options`.
@@ -176,6 +178,8 @@ def predict_case(
     probability = ensemble.probability(ready, windows, progress=progress)
     voxel_mm3 = abs(float(np.linalg.det(grid.affine[:3, :3])))
     mask, lesions = lesion_mask(probability, options, voxel_mm3)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)  # in a tree of BIDS, whose folders come with the masks
     if "probability" in files:
         write_volume(probability, grid, files["probability"])
     if "preview" in files:
@@ -185,20 +189,28 @@ def predict_case(
         simulated = any(is_simulated(file) for file in paths_of(case))
         words = {"name": case.id, "simulated": simulated, "contrast": contrast}
         draw_overlay(image, None, overlay, None, files["preview"], **words)
-    if "mask" in files:
-        write_volume(mask, grid, files["mask"])
-    return Prediction(
-        case.id,
-        mask,
-        probability,
-        grid.affine,
-        lesions,
-        int(np.count_nonzero(mask)) * voxel_mm3,
-        ready.seconds + time.perf_counter() - started,
-        ensemble.backend([window.size for window in windows]),
-        tuple(windows),
-        out,
-    )
+
+    def found() -> Prediction:
+        return Prediction(
+            case.id,
+            mask,
+            probability,
+            grid.affine,
+            lesions,
+            int(np.count_nonzero(mask)) * voxel_mm3,
+            ready.seconds + time.perf_counter() - started,
+            ensemble.backend([window.size for window in windows]),
+            tuple(windows),
+            out,
+        )
+
+    if out is None:
+        return found()
+    with written_beside(files["mask"]) as partial:
+        save_volume(mask, grid, partial)
+        result = found()
+        write_sidecar(files["sidecar"], result, ensemble, ready, options)
+    return result
 
 
 def lesion_mask(probability: np.ndarray, options: Options, voxel_mm3: float) -> tuple[np.ndarray, int]:
@@ -282,10 +294,15 @@ def check_no_input(path: Path, case: Case) -> None:
 
 
 def write_volume(voxels: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
+    """Saves values from 0 to 1 as `save_volume` does, whole or not at all."""
+    with written_beside(path) as partial:
+        save_volume(voxels, like, partial)
+
+
+def save_volume(voxels: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
     """Saves values from 0 to 1 in their own dtype with the grid and header of ``like``."""
     header = like.header.copy()
     header.set_data_dtype(voxels.dtype)
     header.set_slope_inter(1, 0)
     header["cal_min"], header["cal_max"] = 0, 1
-    with written_beside(path) as partial:
-        nib.save(nib.Nifti1Image(voxels, like.affine, header), partial)
+    nib.save(nib.Nifti1Image(voxels, like.affine, header), path)

@@ -29,6 +29,7 @@ from rsanet.segment.environment import (
 from rsanet.segment.memory import SHARE, forward_bytes
 from rsanet.segment.metrics import label_lesions
 from rsanet.segment.processes import own_device
+from rsanet.segment.provenance import digest
 from rsanet.segment.recipe import triple
 from rsanet.segment.runs import MODEL_NAME
 from rsanet.segment.words import sizes
@@ -120,6 +121,7 @@ class Segmenter:
         name: for messages.
         flips: whether the mean over the eight mirror images of each window is taken.
         whole_brain: whether the window is the whole prepared volume where memory allows.
+        sha256: of the model file, in hexadecimal.
     """
 
     network: RSANet
@@ -131,6 +133,7 @@ class Segmenter:
     name: str = "the model"
     flips: bool = False
     whole_brain: bool = False
+    sha256: str = ""
 
     @classmethod
     def load(
@@ -177,6 +180,7 @@ class Segmenter:
             str(path),
             flips,
             whole_brain,
+            digest(path),
         )
 
     def backend(self, window: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""NIfTI volumes, read with a reason in one sentence where a file cannot serve."""
+"""Volumes, read with a reason in one sentence where a file cannot serve: NIfTI, and what `formats` reads."""
 
 import gzip
 import logging
@@ -15,6 +15,7 @@ from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.spatialimages import SpatialImage
 from scipy import ndimage
 
+from rsanet.segment.formats import FORMATS, is_other_format, is_series, read_other_format
 from rsanet.segment.recipe import LARGEST_VOXEL, SMALLEST_VOXEL
 from rsanet.segment.words import counted, sizes
 
@@ -22,13 +23,14 @@ from rsanet.segment.words import counted, sizes
 nib.imageglobals.logger.setLevel(logging.CRITICAL)
 
 SUFFIXES = (".nii.gz", ".nii")
+ENDS = re.compile(r"\.(nii(\.gz)?|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
 
 # What to do with a file of another format, by how its name ends.
 CONVERTERS = {
     (".mgz", ".mgh"): "mri_convert of FreeSurfer",
     (".hdr", ".img", ".hdr.gz", ".img.gz"): "fslchfiletype NIFTI_GZ of FSL",
     (".dcm", ".ima"): "dcm2niix",
-    (".nrrd", ".nhdr", ".mha", ".mhd", ".mnc", ".mif"): "ITK-SNAP or SimpleITK",
+    (".mnc", ".mif"): "ITK-SNAP or MRtrix",
 }
 
 ROUNDING = 2e-5  # of the largest value; the scaled integers of 16 bits and an interpolation leave less beside 0
@@ -61,8 +63,18 @@ class DataWarning(UserWarning):
 
 
 def stem(path: Path) -> str:
-    """The file name without ``.nii`` or ``.nii.gz``."""
-    return re.sub(r"\.nii(\.gz)?$", "", path.name)
+    """The file name without ``.nii.gz``, or another end that says its format."""
+    return ENDS.sub("", path.name)
+
+
+def is_nifti(path: str | Path) -> bool:
+    """Whether a file is NIfTI by its name."""
+    return str(path).endswith(SUFFIXES)
+
+
+def names_volume(name: str) -> bool:
+    """Whether a name ends as that of a volume in any format."""
+    return is_nifti(name) or name.lower().endswith(FORMATS)
 
 
 def name_of(volume: Volume) -> str:
@@ -76,19 +88,22 @@ def read_volume(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
     """Reads a 3-D volume, or says in one sentence why it cannot serve.
 
     Args:
-        volume: a file that ends in ``.nii`` or ``.nii.gz``, or an image of nibabel, which stays as it is.
+        volume: a file that ends in ``.nii`` or ``.nii.gz``, one that `formats` reads, or an image of nibabel, which
+            stays as it is.
 
     Returns:
         The scaled voxels ``(X, Y, Z)`` as float32, NaN and infinities included, and the image for its affine and
         header.
 
     Raises:
-        ValueError: the file is no 3-D NIfTI volume of real numbers, or its voxels have sizes that no scan has.
+        ValueError: the file is no 3-D volume of real numbers, or its voxels have sizes that no scan has.
         FileNotFoundError: there is no such file.
     """
     name = name_of(volume)
     if not isinstance(volume, SpatialImage):
         _check_file(Path(volume))
+        if not is_nifti(volume):
+            volume = read_other_format(Path(volume))
     try:
         image = volume if isinstance(volume, SpatialImage) else _load(Path(volume))
         voxels = np.asarray(image.dataobj)
@@ -120,22 +135,34 @@ def read_volume(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
         return voxels.astype(np.float32), image
 
 
+def load_grid(volume: Volume) -> nib.Nifti1Image:
+    """The grid and header of a volume that was read before; its voxels take no memory."""
+    if isinstance(volume, SpatialImage):
+        image = volume
+    elif is_nifti(volume):
+        image = nib.load(volume)
+    else:
+        image = read_other_format(Path(volume))
+        image = nib.Nifti1Image(np.broadcast_to(np.uint8(0), image.shape), image.affine, image.header)
+    return image if isinstance(image, nib.Nifti1Image) else nib.Nifti1Image.from_image(image)
+
+
 def _check_file(path: Path) -> None:
-    """Refuses what is no NIfTI file by its name or kind."""
+    """Refuses what is no volume by its name or kind."""
     wanted = "give a file that ends in .nii or .nii.gz"
     try:
-        if path.is_dir():
+        if path.is_dir() and not is_series(path):
             raise ValueError(f"{path} is a folder: {wanted}.")
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: check the name of the file.")
     except PermissionError as error:  # of a folder above
         raise ValueError(f"{path} cannot be opened: permission denied.") from error
-    if not path.name.endswith(SUFFIXES):
+    if not is_nifti(path) and not is_other_format(path):
         tool = next((tool for ends, tool in CONVERTERS.items() if path.name.lower().endswith(ends)), None)
         raise ValueError(
             f"{path} is not NIfTI: {f'convert it to .nii.gz, for example with {tool}' if tool else wanted}."
         )
-    if not path.is_file():
+    if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path} is no ordinary file: {wanted}.")
     if not os.access(path, os.R_OK):  # nibabel would say that the file is damaged
         raise ValueError(f"{path} cannot be opened: permission denied.")

@@ -88,7 +88,7 @@ def test_one_subject_gets_one_mask(trained, cohort, phantoms, tmp_path, rsanet):
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == f"The mask is {out_file}."
     assert nib.load(out_file).get_data_dtype() == np.uint8
-    assert [path.name for path in tmp_path.iterdir()] == ["mask.nii.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.json", "mask.nii.gz"]
     again = tmp_path / "again.nii"
     model = trained / "model.safetensors"
     options = [option for path in images_of(cohort, phantoms) for option in ("-i", path)]
@@ -199,9 +199,12 @@ def test_a_cohort_goes_on_past_a_bad_case_and_names_it_at_the_end(trained, tmp_p
     assert "1 of 3" in err
     assert "sub-002" in err
     assert "2/3  no mask: " in out
-    assert {path.name for path in (tmp_path / "masks").iterdir()} == {
+    assert {path.name for path in (tmp_path / "masks").rglob("*.*")} == {
+        "dataset_description.json",
         "predictions.csv",
+        "sub-001_label-lesion_mask.json",
         "sub-001_label-lesion_mask.nii.gz",
+        "sub-003_label-lesion_mask.json",
         "sub-003_label-lesion_mask.nii.gz",
     }
 

@@ -24,11 +24,13 @@ def table(folder):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """All files of a folder of masks but those beside each mask."""
+    files = [path.name for path in folder.rglob("*") if path.is_file() and path.name != "dataset_description.json"]
+    return sorted(name for name in files if not name.endswith("_mask.json"))
 
 
 def mask_of(folder, case):
-    return folder / f"{case}_label-lesion_mask.nii.gz"
+    return folder / case / "anat" / f"{case}_label-lesion_mask.nii.gz"
 
 
 def check(reason):
@@ -88,7 +90,7 @@ def test_an_output_folder_is_checked_before_any_image_is_read(tmp_path, three, m
 
 def test_masks_that_exist_are_kept_unless_they_may_be_replaced(tmp_path, three):
     out = tmp_path / "out"
-    out.mkdir()
+    mask_of(out, "sub-002").parent.mkdir(parents=True)
     mask_of(out, "sub-002").write_text("precious")
     with pytest.raises(ValueError, match=r"has files of 1 of 3 cases \(sub-002\): give --resume .* --overwrite"):
         predict_cohort(segmenter(), three, out, progress=refuse)
@@ -107,7 +109,7 @@ class Killed(BaseException):
 
 def test_masks_of_another_model_or_threshold_are_not_mixed(three, tmp_path):
     predict_cohort(segmenter(), three, tmp_path)
-    mask = tmp_path / "sub-002_label-lesion_mask.nii.gz"
+    mask = mask_of(tmp_path, "sub-002")
     mask.unlink()
     with pytest.raises(ValueError, match=r"has masks of .*threshold 0\.5, .* would add some of .*threshold 0\.4,"):
         predict_cohort(segmenter(), three, tmp_path, threshold=0.4, resume=True)
@@ -130,6 +132,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, three):
         predict_cohort(segmenter(), three, out, progress=kill)
     assert [row["case"] for row in table(out)] == ["sub-001", "sub-002"]
     # Killed between a mask and its row: the mask is there, but not known to be whole.
+    mask_of(out, "sub-003").parent.mkdir(parents=True)
     mask_of(out, "sub-003").write_text("who knows")
     before = mask_of(out, "sub-001").stat().st_mtime_ns
     rows_before, seen, lines = table(out), [], []
@@ -161,7 +164,7 @@ def test_files_asked_for_on_resuming_are_made(tmp_path, three):
         progress=lambda *args: seen.append(args),
     )
     assert len(seen) == 3
-    assert len(list((tmp_path / "out").glob("*_label-lesion_probseg.nii.gz"))) == 3
+    assert len(list((tmp_path / "out").glob("*/anat/*_label-lesion_probseg.nii.gz"))) == 3
 
 
 def test_a_table_keeps_the_rows_of_other_masks_in_the_folder_alone(tmp_path, three, phantoms):

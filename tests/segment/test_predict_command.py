@@ -32,7 +32,12 @@ def test_every_option_reaches_the_files(trained, images, tmp_path, rsanet):
     code, said, _ = rsanet("predict", trained, "-i", *images, "-o", out, *options)
     assert code == 0
     assert "mean of 2 models, window 24×24×24" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.nii.gz", "mask.png", "mask_probseg.nii.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "mask.json",
+        "mask.nii.gz",
+        "mask.png",
+        "mask_probseg.nii.gz",
+    ]
     probability = np.asarray(nib.load(tmp_path / "mask_probseg.nii.gz").dataobj)
     assert np.array_equal(np.asarray(nib.load(out).dataobj), probability > 0.3)
     code, _, err = rsanet("predict", trained, "-i", *images, "-o", out)

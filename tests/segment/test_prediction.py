@@ -472,4 +472,4 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path, phantoms):
     for name in others:
         (tmp_path / name).write_text("in work")
     predict(segmenter(), images, tmp_path / "b.nii.gz")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "b.nii.gz", "in"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "b.json", "b.nii.gz", "in"])

@@ -108,7 +108,7 @@ def test_a_file_that_cannot_serve_is_refused_in_one_sentence(tmp_path, caplog, k
         ("x.hdr", "FSL"),
         ("x.IMG", "FSL"),
         ("x.dcm", "dcm2niix"),
-        ("x.mha", "SimpleITK"),
+        ("x.mnc", "ITK-SNAP"),
         ("x.txt", r"ends in .nii or .nii.gz"),
     ],
 )
