@@ -219,6 +219,11 @@ class NonLocalBlock(nn.Module):
         return f"channels={self.channels}, scale={self.scale}"
 
 
+# torch takes this name, which its own wrappers use, out of the names of parameters: torch.distributed.checkpoint then
+# knows the module's parameters, and what the optimizer keeps of them, by the names that they had alone.
+_WRAPPED = "_checkpoint_wrapped_module"
+
+
 class WithRSA(nn.Module):
     """A module followed by an RSA block, with the state_dict keys that the module had alone.
 
@@ -229,7 +234,7 @@ class WithRSA(nn.Module):
 
     def __init__(self, module: nn.Module, rsa_block: RSABlock) -> None:
         super().__init__()
-        self.module = module
+        self._modules[_WRAPPED] = module
         self.rsa_block = rsa_block
         self.train(module.training)
 
@@ -247,9 +252,14 @@ class WithRSA(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "module":  # not there yet while unpickling
+            if name in ("module", _WRAPPED):  # not there yet while unpickling
                 raise
             return getattr(self.module, name)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that the block stands behind."""
+        return super().__getattr__(_WRAPPED)
 
     def __getitem__(self, index: Any) -> Any:
         return self.module[index]
@@ -258,7 +268,7 @@ class WithRSA(nn.Module):
         """As ``nn.Module.state_dict``, with the module's own keys."""
         destination = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        inner = prefix + "module."
+        inner = f"{prefix}{_WRAPPED}."
         for key in [key for key in destination if key.startswith(prefix)]:
             # Every key is put back, the unchanged ones too, so that the order stays that of the modules.
             value = destination.pop(key)
@@ -268,7 +278,7 @@ class WithRSA(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = prefix + "rsa_block."
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
-            state_dict[prefix + "module." + key[len(prefix) :]] = state_dict.pop(key)
+            state_dict[f"{prefix}{_WRAPPED}." + key[len(prefix) :]] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -354,6 +364,8 @@ def insert_rsa(
         raise TypeError(f"path must be a string, not {type(path).__name__}: name a submodule as in named_modules()")
     module = model
     for depth, name in enumerate(path.split(".")):
+        if isinstance(module, WithRSA) and name != "rsa_block":  # whose children go by the names that they had alone
+            module = module.module
         children = dict(module.named_children())
         if name not in children:
             where = ".".join(path.split(".")[:depth]) or "the model"
