@@ -5,6 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin
 # One pair that belongs together; without the pin, pip would fetch the newest CUDA build.
 TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux' and platform_machine == 'x86_64'"
+# nnU-Net's networks, for tests. They need torch alone; what the package asks for besides would bring a CUDA build of torchvision.
+NETWORKS := dynamic-network-architectures==0.4.4
 
 .PHONY: install demo test bench bench-quick check-triton check-cuda check-sanitize check-mutations check-package check-gpu lint clean
 
@@ -14,6 +16,7 @@ $(VENV)/installed: pyproject.toml setup.py Makefile $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --upgrade "setuptools>=77" wheel ninja $(TORCH)
 	$(RUN)/pip install --quiet --no-build-isolation --editable ".[test]"
+	$(RUN)/pip install --quiet --no-deps $(NETWORKS)
 	touch $@
 
 # Simulates a small cohort at 2 mm, trains a narrow RSANet, predicts patients that it never saw, and draws them. With the

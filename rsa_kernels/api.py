@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rsa_kernels import ops
+from rsa_kernels import ops, transforms
 from rsa_kernels.backends import Explanation, choose, requested
 
 AXIS_NAMES = {"axial": 2, "coronal": 3, "sagittal": 4}
@@ -77,7 +77,10 @@ def slice_attention(
         _check_same("device", name, volume.device, "query", query.device)
         if volume.dtype != query.dtype and not _autocast_agrees(volume, query):
             raise TypeError(f"{name} has dtype {volume.dtype}, but must have that of query, {query.dtype}")
-    return ops.attention(query, key, value, normalize_axis(axis), _check_scale(scale), requested(backend))[0]
+    arguments = (query, key, value, normalize_axis(axis), _check_scale(scale), requested(backend))
+    if _transformed():
+        return transforms.attention(*arguments)[0]
+    return ops.attention(*arguments)[0]
 
 
 def recurrent_slice_attention(
@@ -140,9 +143,8 @@ def recurrent_slice_attention(
     dims = _check_axes(axes)
     tensors = [x, *tensors, _check_betas(betas, len(dims), x)]
     to_differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    out, maps, _ = ops.block(
-        *tensors, dims, _check_scale(scale), to_differentiate and not recompute, requested(backend)
-    )
+    operator = transforms.block if _transformed() else ops.block
+    out, maps, _ = operator(*tensors, dims, _check_scale(scale), to_differentiate and not recompute, requested(backend))
     return (out, maps) if return_maps else out
 
 
@@ -162,6 +164,11 @@ def explain(x: Tensor, axes: Sequence[int | str] = (3, 4, 2)) -> Explanation:
     """
     _check_volume("x", x)
     return choose(x, _check_axes(axes))
+
+
+def _transformed() -> bool:
+    """Whether ``torch.func`` or forward mode is at work; the compiler puts the operators themselves into its graph."""
+    return not torch.compiler.is_compiling() and transforms.active()
 
 
 def _check_volume(name: str, volume: object) -> None:

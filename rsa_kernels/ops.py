@@ -154,31 +154,35 @@ torch.library.register_fake("rsa_kernels::attention", _fake_attention, lib=libra
 torch.library.register_fake("rsa_kernels::attention_backward", _fake_attention_backward, lib=library)
 
 
-# Autograd --------------------------------------------------------------------------------------------------------
+# Autograd: the first derivative, for training. What else can be differentiated is in rsa_kernels.transforms ----------
 
 
-_PLAIN_PYTORCH = "rsa_kernels.reference.recurrent_slice_attention and .slice_attention, which are plain PyTorch"
-
-
+# Elsewhere rsa_kernels.api sees the transforms, and calls what can be transformed.
+_IN_A_GRAPH = "inside torch.compile or an exported program, which has its operators alone: transform the module itself"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _below_autograd(operator: Callable, kernel: Callable, *args: Any) -> Any:
     """Calls an operator below autograd; its kernel itself where nothing could come between: half the way, 8 µs less."""
     with torch._C._AutoDispatchBelowAutograd():
-        if torch._C._len_torch_dispatch_stack() == 0 and all(
-            type(argument) in _PLAIN for argument in args if isinstance(argument, Tensor)
-        ):
+        alone = torch._C._len_torch_dispatch_stack() == 0 and not torch._C._are_functorch_transforms_active()
+        if alone and all(type(argument) in _PLAIN for argument in args if isinstance(argument, Tensor)):
             return kernel(*args)
         return operator(*args)
 
 
+def has_tangents(tensors: Sequence[Tensor]) -> bool:
+    """Whether forward mode is on, and one of the tensors is dual."""
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 def _differentiable(tensors: Sequence[Tensor]) -> bool:
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(
-            f"slice-wise attention was given tangents, but it has no forward-mode derivative: call {_PLAIN_PYTORCH}"
-        )
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if has_tangents(tensors):
+        raise RuntimeError(f"slice-wise attention was given tangents {_IN_A_GRAPH}")
+    needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if needed and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"slice-wise attention was differentiated by torch.func {_IN_A_GRAPH}")
+    return needed
 
 
 class _Block(torch.autograd.Function):
@@ -228,22 +232,6 @@ class _Attention(torch.autograd.Function):
         return None, None, None, *(next(grads) if need else None for need in needs)
 
 
-class _OnceOnly(torch.autograd.Function):
-    """Carries gradients that were made with ``create_graph=True``; refuses when they are differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Callable[[], list[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(call())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "slice-wise attention was differentiated twice, but it has a first derivative only: where a second one is "
-            f"needed, call {_PLAIN_PYTORCH}"
-        )
-
-
 def _block_autograd(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     *tensors, axes, scale, keep_inputs, backend = args
     if not _differentiable((x, *tensors)):
@@ -260,21 +248,8 @@ def _attention_autograd(
     return _Attention.apply(axis, scale, backend, query, key, value)
 
 
-def _once_only(operator: Callable) -> Callable:
-    def call(*args: Any) -> list[Tensor]:
-        tensors = [argument for argument in args if isinstance(argument, Tensor)]
-        if not _differentiable(tensors):
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*args)
-        return list(_OnceOnly.apply(lambda: operator(*args), *tensors))
-
-    return call
-
-
 library.impl("block", _block_autograd, "Autograd")
 library.impl("attention", _attention_autograd, "Autograd")
-library.impl("block_backward", _once_only(block_backward), "Autograd")
-library.impl("attention_backward", _once_only(attention_backward), "Autograd")
 
 
 # Autocast: volumes take the region's dtype, as for a convolution; weights stay as precise as they are --------------

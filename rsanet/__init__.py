@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from rsanet.attention import NonLocalBlock, RSABlock, SABlock, insert_rsa
     from rsanet.checkpoints import load_model, load_reference_checkpoint, save_model
     from rsanet.network import RSANet
+    from rsanet.sharding import prepare_for_sharding
 
 __all__ = [
     "NonLocalBlock",
@@ -16,13 +17,14 @@ __all__ = [
     "insert_rsa",
     "load_model",
     "load_reference_checkpoint",
+    "prepare_for_sharding",
     "save_model",
 ]
 
 # Loaded on first use: `rsanet --help` imports this package and has no time for torch.
 _MODULES = dict.fromkeys(("NonLocalBlock", "RSABlock", "SABlock", "insert_rsa"), "rsanet.attention")
 _MODULES |= dict.fromkeys(("load_model", "load_reference_checkpoint", "save_model"), "rsanet.checkpoints")
-_MODULES |= {"RSANet": "rsanet.network"}
+_MODULES |= {"RSANet": "rsanet.network", "prepare_for_sharding": "rsanet.sharding"}
 
 
 def __getattr__(name: str) -> Any:

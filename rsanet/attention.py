@@ -72,6 +72,12 @@ class _SliceAttention(nn.Module):
         self.phi_conv = nn.Conv3d(channels, channels, kernel_size=1)
         self.g_conv = nn.Conv3d(channels, channels, kernel_size=1)
 
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"TorchScript cannot compile {type(self).__name__}, whose checks are plain Python: use torch.export, or "
+            "torch.jit.trace under torch.no_grad()"
+        )
+
     def _attend(
         self, x: Tensor, betas: Sequence[Tensor], axes: Sequence[str], recompute: bool, return_maps: bool
     ) -> Any:
@@ -225,31 +231,47 @@ class NonLocalBlock(nn.Module):
         return f"channels={self.channels}, scale={self.scale}"
 
 
+# torch takes this name, which its own wrappers use, out of the names of parameters: torch.distributed.checkpoint then
+# knows the module's parameters, and what the optimizer keeps of them, by the names that they had alone.
+_WRAPPED = "_checkpoint_wrapped_module"
+
+
 class WithRSA(nn.Module):
     """A module followed by an RSA block, with the state_dict keys that the module had alone.
 
     The block's keys are ``rsa_block.*`` beside the module's own, so a checkpoint of the network without
     attention still fits (``strict=False``: only the block's keys are missing). Attributes not found here
-    are the module's.
+    are the module's. Whatever arguments the module takes, it has to return one volume.
     """
 
     def __init__(self, module: nn.Module, rsa_block: RSABlock) -> None:
         super().__init__()
-        self.module = module
+        self._modules[_WRAPPED] = module
         self.rsa_block = rsa_block
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's output after attention."""
-        return self.rsa_block(self.module(*args, **kwargs))
+        out = self.module(*args, **kwargs)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"{type(self.module).__name__} returns a {type(out).__name__}, but an RSA block goes behind a module "
+                "that returns one volume (N, C, D, H, W): insert it at a submodule of this one, such as its last stage"
+            )
+        return self.rsa_block(out)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "module":  # not there yet while unpickling
+            if name in ("module", _WRAPPED):  # not there yet while unpickling
                 raise
             return getattr(self.module, name)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that the block stands behind."""
+        return super().__getattr__(_WRAPPED)
 
     def __getitem__(self, index: Any) -> Any:
         return self.module[index]
@@ -258,7 +280,7 @@ class WithRSA(nn.Module):
         """As ``nn.Module.state_dict``, with the module's own keys."""
         destination = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        inner = prefix + "module."
+        inner = f"{prefix}{_WRAPPED}."
         for key in [key for key in destination if key.startswith(prefix)]:
             # Every key is put back, the unchanged ones too, so that the order stays that of the modules.
             value = destination.pop(key)
@@ -268,7 +290,7 @@ class WithRSA(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = prefix + "rsa_block."
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
-            state_dict[prefix + "module." + key[len(prefix) :]] = state_dict.pop(key)
+            state_dict[f"{prefix}{_WRAPPED}." + key[len(prefix) :]] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -283,6 +305,27 @@ def _output_channels(module: nn.Module) -> int | None:
             if isinstance(layer, nn.Module) and isinstance(channels, int):
                 return channels
     return None
+
+
+def _registrations(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every place where a network registers a module: its owner and its name there."""
+    for owner in model.modules():
+        for name, child in owner._modules.items():
+            if child is module:
+                yield owner, name
+
+
+def _check_not_held_elsewhere(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Refuses a module that the network also keeps in a plain list, tuple or dict, to run it without a block."""
+    for name, owner in model.named_modules():
+        for attribute, value in vars(owner).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            if attribute != "_modules" and any(entry is module for entry in held):
+                where = f"{name}.{attribute}" if name else attribute
+                raise ValueError(
+                    f"submodule {path!r} is also held by {where}, a plain {type(value).__name__}, and a call through "
+                    "that would pass by the RSA block: insert it at a submodule of this one, such as its last layer"
+                )
 
 
 def _floating_tensors(*modules: nn.Module) -> Iterator[Tensor]:
@@ -306,8 +349,9 @@ def insert_rsa(
 
     The submodule's output goes through an ``RSABlock`` on its device and in its dtype. The block starts as
     the identity, so the network's outputs are unchanged until the betas move. The state_dict keeps its keys
-    and gains ``<path>.rsa_block.*``. The new parameters have to reach the optimizer: insert first, then
-    make the optimizer.
+    and gains ``<path>.rsa_block.*``, under each path where the network registers the submodule under several.
+    The new parameters have to reach the optimizer: insert first, then make the optimizer. ``docs/plug-in.md``
+    says which submodules to take in well-known networks.
 
     Args:
         model: the network; changed in place.
@@ -323,8 +367,8 @@ def insert_rsa(
 
     Raises:
         TypeError: If ``model`` is no module or ``path`` no string.
-        ValueError: If there is no such submodule, if it has an RSA block already, or if the channels are
-            unknown.
+        ValueError: If there is no such submodule, if it has an RSA block already, if the network also keeps it
+            where it cannot be replaced, or if the channels are unknown.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: pass the network itself")
@@ -332,6 +376,8 @@ def insert_rsa(
         raise TypeError(f"path must be a string, not {type(path).__name__}: name a submodule as in named_modules()")
     module = model
     for depth, name in enumerate(path.split(".")):
+        if isinstance(module, WithRSA) and name != "rsa_block":  # whose children go by the names that they had alone
+            module = module.module
         children = dict(module.named_children())
         if name not in children:
             where = ".".join(path.split(".")[:depth]) or "the model"
@@ -345,9 +391,13 @@ def insert_rsa(
     if channels is None and (channels := _output_channels(module)) is None:
         raise ValueError(f"the layers of submodule {path!r} do not tell how many channels come out: pass channels=")
 
+    _check_not_held_elsewhere(model, path, module)
     block = RSABlock(channels, axes, scale=scale, recompute=recompute, backend=backend)
     like = next(_floating_tensors(module, model), None)
     if like is not None:
         block.to(like.device, like.dtype)
-    model.set_submodule(path, WithRSA(module, block))
+    wrapped = WithRSA(module, block)
+    # MONAI's DynUNet, for one, runs its blocks under other names than those that they are known by.
+    for owner, name in list(_registrations(model, module)):
+        owner._modules[name] = wrapped
     return model

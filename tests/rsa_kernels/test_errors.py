@@ -114,19 +114,6 @@ def test_autocast_does_not_hide_wrong_dtypes():
             slice_attention(x, x.bfloat16(), x.double(), 2)
 
 
-def test_forward_mode_derivatives_are_refused():
-    x, block = random_volume((1, 4, 3, 2, 5)), random_block(4)
-    with pytest.raises(
-        RuntimeError, match=r"given tangents, but it has no forward-mode derivative: call rsa_kernels\.ref"
-    ):
-        torch.func.jvp(lambda x: recurrent_slice_attention(x, *block), (x,), (x,))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, x)
-        with pytest.raises(RuntimeError, match="given tangents"):
-            slice_attention(x, x, dual, 2)
-        assert slice_attention(x, x, x, 2).isfinite().all()
-
-
 def test_explain():
     with pytest.raises(ValueError, match="axes is empty"):
         explain(torch.ones(1, 4, 3, 2, 5), ())

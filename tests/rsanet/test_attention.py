@@ -330,7 +330,7 @@ class Outputs(nn.Module):
         (
             lambda: insert_rsa(nn.Sequential(Outputs()), "0", channels=1)(torch.zeros(1, 1, 2, 2, 2)),
             TypeError,
-            "one tensor.*got list",
+            "Outputs returns a list.*one volume.*insert it at a submodule of this one",
         ),
     ],
 )
