@@ -23,13 +23,15 @@ except ImportError:
 from rsanet.commands.common import Command, Stopped
 from rsanet.commands.doctor import doctor
 from rsanet.commands.evaluate import evaluate
+from rsanet.commands.export_bundle import export_bundle
 from rsanet.commands.predict import predict
 from rsanet.commands.report import report
 from rsanet.commands.simulate import simulate
 from rsanet.commands.train import train
 
 UsageError = typer.BadParameter.__base__  # of click, or of the copy of it that newer typers bring along
-EXTRAS = {"nilearn": "demo"}  # every other optional package is in the extra "segment"
+# Every other optional package is in the extra "segment".
+EXTRAS = {"nilearn": "demo", "onnx": "export", "onnxscript": "export"}
 DEBUG = "--debug"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # of CUDA and of the CPU, in torch's words
 
@@ -43,7 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (simulate, train, predict, evaluate, report, doctor):
+for verb in (simulate, train, predict, evaluate, report, export_bundle, doctor):
     app.command(cls=Command)(verb)
 
 
