@@ -23,6 +23,7 @@ except ImportError:
 from rsanet.commands.common import Command, Stopped
 from rsanet.commands.doctor import doctor
 from rsanet.commands.evaluate import evaluate
+from rsanet.commands.export import export
 from rsanet.commands.export_bundle import export_bundle
 from rsanet.commands.predict import predict
 from rsanet.commands.report import report
@@ -45,7 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (simulate, train, predict, evaluate, report, export_bundle, doctor):
+for verb in (simulate, train, predict, evaluate, report, export, export_bundle, doctor):
     app.command(cls=Command)(verb)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from rsanet.integrations.description import CLASSES, Described, describe
 from rsanet.segment.data import ORIENTATION
-from rsanet.segment.files import check_writable
+from rsanet.segment.files import check_writable, folder_beside
 
 METADATA, INFERENCE = "configs/metadata.json", "configs/inference.json"
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -103,8 +102,8 @@ def export_bundle(model: str | Path, out: str | Path, *, overwrite: bool = False
         INFERENCE: json.dumps(inference(described), indent=4) + "\n",
         METADATA: json.dumps(bundle_metadata(described), indent=4) + "\n",
     }
-    with tempfile.TemporaryDirectory(prefix=f".unfinished-{out.name}-", dir=out.absolute().parent) as temporary:
-        partial = Path(temporary) / "bundle"  # a folder of the usual permissions, which the temporary one has not
+    with folder_beside(out) as temporary:
+        partial = temporary / out.name  # a folder of the usual permissions, which the temporary one has not
         for name, text in texts.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text(text, encoding="utf-8")
