@@ -23,13 +23,16 @@ except ImportError:
 from rsanet.commands.common import Command, Stopped
 from rsanet.commands.doctor import doctor
 from rsanet.commands.evaluate import evaluate
+from rsanet.commands.export import export
+from rsanet.commands.export_bundle import export_bundle
 from rsanet.commands.predict import predict
 from rsanet.commands.report import report
 from rsanet.commands.simulate import simulate
 from rsanet.commands.train import train
 
 UsageError = typer.BadParameter.__base__  # of click, or of the copy of it that newer typers bring along
-EXTRAS = {"nilearn": "demo"}  # every other optional package is in the extra "segment"
+# Every other optional package is in the extra "segment".
+EXTRAS = {"nilearn": "demo", "onnx": "export", "onnxscript": "export"}
 DEBUG = "--debug"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # of CUDA and of the CPU, in torch's words
 
@@ -49,6 +52,8 @@ VERBS: dict[Callable[..., None], str] = {
     predict: "rsanet predict run -i FLAIR.nii.gz T1w.nii.gz T2w.nii.gz -o lesions.nii.gz --preview",
     evaluate: "rsanet evaluate masks cohort --protocol shifts --csv scores.csv",
     report: "rsanet report report.png --data cohort --pred masks --model run",
+    export: "rsanet export run -o model.onnx --format onnx",
+    export_bundle: "rsanet export-bundle run bundle",
     doctor: "rsanet doctor --device cpu",
 }
 for verb, example in VERBS.items():

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,18 @@ def written_beside(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``, for a folder, or a file that holds its own name, to be moved from there."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".unfinished-{path.name}-", dir=path.absolute().parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def remove_stale(folder: Path) -> None:

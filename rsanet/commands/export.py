@@ -1,0 +1,33 @@
+"""`rsanet export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rsanet.commands.common import Model
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file: .onnx, or .pt2 for the others.")],
+    kind: Annotated[
+        str | None,
+        typer.Option("--format", help="onnx, torch-export or aoti (compiled for this CPU); by default by the ending."),
+    ] = None,
+    decompose: Annotated[
+        bool, typer.Option("--decompose", help="torch-export: operators of PyTorch alone, to load without rsa_kernels.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write the network for another runtime, and compare the file with it: rsanet export RUN -o model.onnx."""
+    from rsanet.integrations import export as work
+    from rsanet.segment.words import counted
+
+    done = work.export(model, out, kind, decompose=decompose, overwrite=overwrite, say=typer.echo)
+    if done.shapes:
+        volumes = counted(len(done.shapes), "volume")
+        typer.echo(f"The largest difference of a probability on {volumes} is {done.difference:.1g}.")
+    else:
+        typer.echo('It was not compared, as onnxruntime is not installed: pip install "rsanet[export]"')
+    typer.echo(f"The file is {out}.")

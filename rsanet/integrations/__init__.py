@@ -1,0 +1,1 @@
+"""RSANet in other programs: their formats, and what they call."""
