@@ -23,6 +23,7 @@ except ImportError:
 from rsanet.commands.common import Command, Stopped
 from rsanet.commands.doctor import doctor
 from rsanet.commands.evaluate import evaluate
+from rsanet.commands.nnunet import nnunet_path, nnunet_plans, nnunet_weights
 from rsanet.commands.predict import predict
 from rsanet.commands.report import report
 from rsanet.commands.simulate import simulate
@@ -43,7 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (simulate, train, predict, evaluate, report, doctor):
+for verb in (simulate, train, predict, evaluate, report, doctor, nnunet_path, nnunet_plans, nnunet_weights):
     app.command(cls=Command)(verb)
 
 
