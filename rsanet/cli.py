@@ -25,6 +25,7 @@ from rsanet.commands.doctor import doctor
 from rsanet.commands.evaluate import evaluate
 from rsanet.commands.export import export
 from rsanet.commands.export_bundle import export_bundle
+from rsanet.commands.nnunet import nnunet_path, nnunet_plans, nnunet_weights
 from rsanet.commands.predict import predict
 from rsanet.commands.report import report
 from rsanet.commands.simulate import simulate
@@ -54,6 +55,9 @@ VERBS: dict[Callable[..., None], str] = {
     report: "rsanet report report.png --data cohort --pred masks --model run",
     export: "rsanet export run -o model.onnx --format onnx",
     export_bundle: "rsanet export-bundle run bundle",
+    nnunet_path: "rsanet nnunet-path",
+    nnunet_plans: "rsanet nnunet-plans 501 --stages -3 -2 -1",
+    nnunet_weights: "rsanet nnunet-weights fold_0/checkpoint_final.pth pretrained.pth",
     doctor: "rsanet doctor --device cpu",
 }
 for verb, example in VERBS.items():

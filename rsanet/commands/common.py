@@ -1,5 +1,6 @@
 """What the verbs share: how their options are read, and what a stopped one leaves."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,7 +74,7 @@ class Command(TyperCommand):
         expanded: list[str] = []
         option = None
         for arg in args:
-            if arg.startswith("-"):
+            if arg.startswith("-") and not re.fullmatch(r"-\d+", arg):  # -1 is a value
                 option = arg if arg in repeatable else None
             elif option and expanded[-1] != option:
                 expanded.append(option)
