@@ -329,7 +329,7 @@ def test_the_help_of_every_verb_ends_with_an_example_that_it_accepts(rsanet, ver
     example = cli.VERBS[verb]
     command = typer.main.get_command(cli.app)
     program, name, *args = shlex.split(example)
-    assert (program, name) == ("rsanet", verb.__name__)
+    assert (program, name) == ("rsanet", verb.__name__.replace("_", "-"))
     command.commands[name].make_context(name, args)  # raises where an option is unknown or an argument is missing
     status, out, _ = rsanet(name, "--help")
     assert status == 0
