@@ -52,7 +52,8 @@ def slice_attention(
 
     ``softmax_j(scale * <query_i, key_j>)`` weighs the slices of ``value``; the inner product sums over channels and
     the positions within a slice (Zhang et al., "RSANet", MICCAI 2019, equations 1 and 2; no division by the square
-    root of the length). Differentiable once. Under autocast the volumes take the autocast dtype.
+    root of the length). Under autocast the volumes take the autocast dtype. First derivatives and ``torch.func.vmap``
+    run the kernels of every backend; for forward mode and second derivatives see :mod:`rsa_kernels.transforms`.
 
     Args:
         query: ``(N, C, D, H, W)``, float64, float32, bfloat16 or float16, any strides.
@@ -69,6 +70,7 @@ def slice_attention(
     Raises:
         TypeError: if an argument is not a floating-point tensor, or the dtypes differ.
         ValueError: if a shape, device, axis or backend name does not fit.
+        RuntimeError: if the backend that was asked for cannot run these volumes, or has no such derivative.
     """
     _check_volume("query", query)
     for name, volume in (("key", key), ("value", value)):
@@ -102,8 +104,8 @@ def recurrent_slice_attention(
     """The recurrent slice-wise attention block: one residual attention step after another, with shared projections.
 
     Each step computes ``x + beta * attention(theta(x), phi(x), g(x))`` along its axis (Zhang et al., "RSANet",
-    MICCAI 2019, section 2.2). The default order is the published code's: coronal, sagittal, axial. Differentiable
-    once. Under autocast ``x`` takes the autocast dtype and the weights keep theirs.
+    MICCAI 2019, section 2.2). The default order is the published code's: coronal, sagittal, axial. Under autocast
+    ``x`` takes the autocast dtype and the weights keep theirs. Derivatives are those of :func:`slice_attention`.
 
     Args:
         x: ``(N, C, D, H, W)``, float64, float32, bfloat16 or float16, any strides.
@@ -116,7 +118,8 @@ def recurrent_slice_attention(
         betas: one scale per axis: scalar tensors, or a tensor ``(len(axes),)``, in ``x``'s dtype or float32.
         axes: spatial axes in the order of the steps: dims or names, see :func:`slice_attention`.
         scale: factor on the logits.
-        recompute: keep only ``x`` and the maps for backward, and make the inner steps' inputs again there.
+        recompute: keep only ``x`` and the maps for backward, and make the inner steps' inputs again there, as is always
+            done under a transform of ``torch.func``.
         return_maps: also return the attention maps, for looking at: no gradient flows through them.
         backend: see :func:`slice_attention`.
 
@@ -127,6 +130,7 @@ def recurrent_slice_attention(
     Raises:
         TypeError: if an argument is not a floating-point tensor, or the dtypes do not fit.
         ValueError: if a shape, device, axis or backend name does not fit.
+        RuntimeError: if the backend that was asked for cannot run ``x``, or has no such derivative.
     """
     _check_volume("x", x)
     channels = x.shape[1]

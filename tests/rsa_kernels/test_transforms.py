@@ -252,4 +252,9 @@ def test_compiled_transforms_run_or_are_refused_with_advice(backend):
     compiled = torch.compile(grad(lambda x: loss(attend(backend))(x, *block)), backend="aot_eager")
     with pytest.raises(Exception, match=r"differentiated by torch\.func inside torch\.compile"):
         compiled(xs[0])
+    compiled = torch.compile(
+        lambda x: jvp(lambda x: attend(backend)(x, *block), (x,), (x,))[1], fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(Exception, match=r"given tangents inside torch\.compile"):
+        compiled(xs[0])
     torch._dynamo.reset()
