@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
+NNUNET := .venv-nnunet
 # One pair that belongs together; without the pin, pip would fetch the newest CUDA build.
 TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux' and platform_machine == 'x86_64'"
 # nnU-Net's networks, for tests. They need torch alone; what the package asks for besides would bring a CUDA build of torchvision.
 NETWORKS := dynamic-network-architectures==0.4.4
 
-.PHONY: install demo test bench bench-quick check-triton check-cuda check-sanitize check-mutations check-package check-gpu lint clean
+.PHONY: install demo test test-nnunet bench bench-quick check-triton check-cuda check-sanitize check-mutations check-package check-gpu lint clean
 
 install: $(VENV)/installed
 
@@ -38,6 +39,17 @@ test: install
 ifeq ($(shell uname -sm),Linux x86_64)
 	TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 tests/rsa_kernels tests/triton -k triton
 endif
+
+# Runs the tutorial on nnU-Net, and what else needs nnU-Net, in an environment of its own: nnU-Net's torchvision does not
+# load beside a CPU build of torch, and others would stumble over it. The package is installed there as a user's is.
+test-nnunet: $(NNUNET)/installed
+	$(NNUNET)/bin/pip install --quiet --force-reinstall --no-deps .
+	$(NNUNET)/bin/pytest -o pythonpath= tests/nnunet
+
+$(NNUNET)/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(NNUNET)
+	$(NNUNET)/bin/pip install --quiet $(TORCH) ".[nnunet]" pytest
+	touch $@
 
 # Measures the block beside what a user would pick instead, on this machine when it is quiet, and draws the results. The
 # first takes hours on two cores, the second minutes.
@@ -85,4 +97,4 @@ lint: install
 	$(RUN)/ruff format --check
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info rsa_kernels/_*.so rsa_kernels/_built.json .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NNUNET) demo build dist *.egg-info rsa_kernels/_*.so rsa_kernels/_built.json .pytest_cache .ruff_cache .hypothesis

@@ -161,8 +161,8 @@ def write_plans(
     if not attended:
         names = ", ".join(content["configurations"])
         raise ValueError(
-            f"{source} has no three-dimensional configuration ({names}), and RSA attends along three axes: plan the data "
-            "set for 3d_fullres."
+            f"{source} has no three-dimensional configuration ({names}), and RSA attends along three axes: plan the "
+            "data set for 3d_fullres."
         )
     result = {**content, "plans_name": plans + SUFFIX, "configurations": kept}
     with written_beside(target) as partial:
