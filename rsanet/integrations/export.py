@@ -7,6 +7,7 @@ network.
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,8 @@ def export(
         import onnxscript  # noqa: F401 (torch would tell of it less clearly)
     described = describe(model)
     window = described.window
+    if kind == "torch-export":
+        _check_window(described, decompose)
     example, others = _shapes(described)
     say(f"Tracing the network of {described.words['model']} ...")
     with _quiet(), folder_beside(out) as folder:
@@ -124,14 +127,32 @@ def _check(out: Path, kind: str | None, decompose: bool) -> str:
     return kind
 
 
+def _check_window(described: Described, decompose: bool) -> None:
+    """Refuses a window that shrinks to what torch.export takes for a case of its own."""
+    step, pool = _step(described)
+    coarsest = [size // step if pool else -(-size // step) for size in described.window]
+    least = min(coarsest) if decompose else math.prod(coarsest)
+    if least == 1:
+        left = "one slice along an axis" if decompose else "a single voxel"
+        raise ValueError(
+            f"A window of {sizes(described.window)} leaves the network's coarsest level {left}, where torch.export "
+            f"makes no graph for several sizes: give --format onnx{', or leave out --decompose' * decompose}."
+        )
+
+
+def _step(described: Described) -> tuple[int, bool]:
+    """What the sizes are divided by on the way to the coarsest level, and whether they are rounded down."""
+    config = described.network.config
+    return 2 ** (len(config["channels"]) - 1), config["downsample"] == "max_pool"
+
+
 def _shapes(described: Described) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """Batch and sizes to trace with, and some to compare on: odd, even, and unlike along each axis."""
-    least = 2 ** (len(described.network.config["channels"]) - 1)
-    half, most = (tuple(max(part * size // 4, least) for size in described.window) for part in (2, 3))
-    example = tuple(2 * least + extra for extra in (1, 3, 5))
-    odd = tuple(size + extra for size, extra in zip(half, (1, 2, 3), strict=True))
-    other = tuple(size + extra for size, extra in zip(most, (2, 1, 0), strict=True))
-    return (2, *example), [(2, *odd), (1, *other)]
+    step, pool = _step(described)
+    least = step * (1 + pool)
+    half, most = ([max(part * size // 4, least) for size in described.window] for part in (2, 3))
+    odd, other = (half[0] + 1, half[1] + 2, half[2] + 3), (most[0] + 3, most[1] + 2, most[2] + 1)
+    return (2, 2 * step + 1, 2 * step + 3, 2 * step + 5), [(2, *odd), (1, *other)]
 
 
 def trace(network: nn.Module, shape: Sequence[int], free: Sequence[int]) -> ExportedProgram:
