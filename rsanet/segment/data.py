@@ -42,6 +42,7 @@ from rsanet.segment.volumes import ROUNDING, check_views, load_grid, read_image,
 ORIENTATION = "SAR"
 
 ALIKE = 0.05  # voxel sizes that differ by less are one
+THICK = 2.0  # times the smallest voxel size; across thicker slices, what bends a volume would tear it
 CENTRES = 20_000  # of patches without lesion that a case offers; every voxel would take more memory than its image
 
 
@@ -55,11 +56,16 @@ def voxel_size(image: nib.Nifti1Image) -> np.ndarray:
 
 def common_spacing(cases: Sequence[Case]) -> tuple[float, float, float] | None:
     """The voxel size to bring cases to: None where all have about the same, else the median along each axis."""
-    found = np.array([voxel_size(load_grid(next(iter(case.images.values())))) for case in cases])
+    found = voxel_sizes_of(cases)
     median = np.median(found, axis=0)
     if (np.abs(found / median - 1) < ALIKE).all():
         return None
     return tuple(float(f"{size:.4g}") for size in median)
+
+
+def voxel_sizes_of(cases: Sequence[Case]) -> np.ndarray:
+    """Voxel sizes ``(cases, 3)`` in mm along z, y and x, of the first contrast of each case."""
+    return np.array([voxel_size(load_grid(next(iter(case.images.values())))) for case in cases])
 
 
 def foreground(image: Tensor) -> Tensor:
@@ -167,8 +173,17 @@ def preparing_to_train(spacing: Sequence[float] | None = None) -> Preparation:
     )
 
 
-def patch_transforms(patch: Sequence[int], *, augment: bool = True) -> Preparation:
-    """One random patch of a prepared volume, half of them centred on a lesion, with augmentation."""
+def patch_transforms(
+    patch: Sequence[int], *, augment: bool = True, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> Preparation:
+    """One random patch of a prepared volume, half of them centred on a lesion, with augmentation.
+
+    Args:
+        patch: voxels along z, y, x.
+        augment: whether to change it at random.
+        spacing: voxel size along z, y, x. Turns, bends and blurs are in voxels: across thick slices they are the
+            smaller.
+    """
     keys = ("image", "mask")
     steps: list[Transform] = [
         RandCropByPosNegLabeld(
@@ -186,13 +201,19 @@ def patch_transforms(patch: Sequence[int], *, augment: bool = True) -> Preparati
     ]
     if augment:
         resampled: dict[str, Any] = {"mode": ("bilinear", "nearest"), "padding_mode": "reflection"}
+        size = np.asarray(spacing, float)
+        blurs = {
+            f"sigma_{name}": tuple(np.array([0.4, 1.0]) * size.min() / own)
+            for name, own in zip("xyz", size, strict=True)
+        }
+        bent = Rand3DElasticd(keys, (4, 6), (30, 100), prob=1, **resampled)
         steps += [
             *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
-            RandAffined(keys, prob=0.2, rotate_range=(0.3,) * 3, scale_range=(0.15,) * 3, **resampled),
+            RandAffined(keys, prob=0.2, rotate_range=rotations(size), scale_range=(0.15,) * 3, **resampled),
             # It resamples whenever it is called, bent or not; so it is called where it bends.
-            OneOf([Identityd(keys), Rand3DElasticd(keys, (4, 6), (30, 100), prob=1, **resampled)], weights=(0.9, 0.1)),
+            *([] if size.max() > THICK * size.min() else [OneOf([Identityd(keys), bent], weights=(0.9, 0.1))]),
             RandSimulateLowResolutiond("image", prob=0.1, zoom_range=(0.5, 1.0)),
-            RandGaussianSmoothd("image", prob=0.1, sigma_x=(0.4, 1.0), sigma_y=(0.4, 1.0), sigma_z=(0.4, 1.0)),
+            RandGaussianSmoothd("image", prob=0.1, **blurs),
             RandBiasFieldd("image", prob=0.15, coeff_range=(0.0, 0.2)),
             RandScaleIntensityd("image", factors=0.1, prob=0.5, channel_wise=True),
             RandShiftIntensityd("image", offsets=0.1, prob=0.5, channel_wise=True),
@@ -200,6 +221,17 @@ def patch_transforms(patch: Sequence[int], *, augment: bool = True) -> Preparati
             RandGaussianNoised("image", prob=0.2, std=0.1),
         ]
     return Preparation([*steps, EnsureTyped(keys, track_meta=False)])
+
+
+def rotations(spacing: Sequence[float]) -> tuple[float, ...]:
+    """The largest turn about z, y and x, in radians of a grid of voxels: in mm, one of unequal voxels is sheared by it.
+
+    Of slices five times as thick as their voxels are wide, 0.3 would put one end of a patch a hundred mm below the
+    other; turns out of their plane are smaller by the square of that ratio.
+    """
+    pairs = ((1, 2), (0, 2), (0, 1))  # the axes that each turn mixes
+    ratios = [min(spacing[a], spacing[b]) / max(spacing[a], spacing[b]) for a, b in pairs]
+    return tuple(0.3 * ratio**2 for ratio in ratios)
 
 
 def validation_transforms(spacing: Sequence[float] | None = None) -> Preparation:

@@ -98,6 +98,17 @@ def shallow_gradient_is_wrong() -> bool:
     return not all((gradient(torch.bfloat16) - exact).norm() < 0.1 * exact.norm() for _ in range(3))
 
 
+def depths_of(patch: Sequence[int], levels: int) -> list[int]:
+    """The slices of a patch at each level of the network."""
+    return [-(-patch[0] // 2**level) for level in range(levels)]
+
+
+def gradients_are_wrong(patch: Sequence[int], levels: int, precision: Precision, device: torch.device) -> bool:
+    """Whether a network would train on wrong gradients in volumes as shallow as its patch becomes."""
+    shallow = device.type == "cpu" and precision.name == "bf16" and WRONG_DEPTH in depths_of(patch, levels)
+    return shallow and shallow_gradient_is_wrong()
+
+
 def refuse_wrong_gradients(
     patch: Sequence[int], levels: int, precision: Precision, device: torch.device, compiled: bool
 ) -> None:
@@ -120,8 +131,8 @@ def refuse_wrong_gradients(
             "--compile is given with precision bf16 on a CPU, where torch computes wrong gradients of the decoder: "
             "leave --compile out, or give --precision fp32."
         )
-    depths = [-(-patch[0] // 2**level) for level in range(levels)]
-    if WRONG_DEPTH in depths and shallow_gradient_is_wrong():
+    if gradients_are_wrong(patch, levels, precision, device):
+        depths = depths_of(patch, levels)
         level, deepest = depths.index(WRONG_DEPTH), WRONG_DEPTH * 2 ** (levels - 1)
         raise ValueError(
             f"A patch {patch[0]} voxels deep is {WRONG_DEPTH} deep at the network's level {level + 1}, where this "

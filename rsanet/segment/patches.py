@@ -24,7 +24,8 @@ def choose_patch(
         device: ``cuda`` or ``cpu``.
 
     Returns:
-        Multiples of the network's stride along z, y and x, in the proportions of the median volume.
+        Multiples of the network's stride along z, y and x, in the proportions of the median volume; where it is not
+        thinner, twice the stride at least, as memory allows: attention over a single slice is none.
     """
     stride = 2 ** (len(channels) - 1)
     wide = sum(width / 8**level for level, width in enumerate(channels))
@@ -33,7 +34,8 @@ def choose_patch(
     strides = np.ceil(median / stride).astype(int)
     while np.prod(strides * stride) > most and strides.max() > 1:
         # The axis whose patch covers the most of the volume gives way.
-        covered = np.where(strides > 1, strides * stride / median, 0)
+        least = 2 if strides.max() > 2 else 1
+        covered = np.where(strides > least, strides * stride / median, 0)
         strides[covered.argmax()] -= 1
     return tuple((strides * stride).tolist())
 

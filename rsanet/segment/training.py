@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities import rank_zero_only
@@ -26,7 +27,13 @@ from tqdm import tqdm
 from rsanet.checkpoints import save_model
 from rsanet.network import RSANet
 from rsanet.segment.cases import Case
-from rsanet.segment.data import common_spacing, patch_transforms, preparing_to_train, validation_transforms
+from rsanet.segment.data import (
+    common_spacing,
+    patch_transforms,
+    preparing_to_train,
+    validation_transforms,
+    voxel_sizes_of,
+)
 from rsanet.segment.datasets import find_cases, list_cases, reference_words
 from rsanet.segment.environment import (
     MEMORY_FORMAT,
@@ -34,6 +41,7 @@ from rsanet.segment.environment import (
     attention_backend,
     available_memory,
     describe_device,
+    gradients_are_wrong,
     package_versions,
     pick_device,
     pick_precision,
@@ -219,15 +227,10 @@ def train(
 
     silence_libraries()
     connected = torch.distributed.is_initialized()
-    fabric = Fabric(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index or 0] if device.type == "cuda" and recipe.devices == 1 else recipe.devices,
-        num_nodes=recipe.nodes,
-        precision="bf16-mixed" if precision.name == "bf16" else "32-true",
-    )
+    fabric = new_fabric(recipe, device, precision)
     fabric.launch()
     torch.manual_seed(recipe.seed)
-    spacing = recipe.spacing or common_spacing(cases)
+    spacing, levels = recipe.spacing or common_spacing(cases), len(recipe.channels)
     memory = available_memory(torch.device("cpu")) / recipe.devices / 2
     volumes = prepare(training, preparing_to_train(spacing), memory)
     if not any(len(volume["mask_fg_indices"]) for volume in volumes):
@@ -241,7 +244,17 @@ def train(
         room = available_memory(fabric.device) * 0.8 / (recipe.devices if device.type == "cpu" else 1)
         patch = choose_patch(shapes, recipe.channels, room, samples, device.type)
     patch = fabric.broadcast(tuple(patch))
-    refuse_wrong_gradients(patch, len(recipe.channels), precision, device, recipe.compile)
+    if min(patch) <= 2 ** (levels - 1) and fabric.is_global_zero:
+        warnings.warn(
+            f"a patch of {sizes(patch)} is one voxel wide at the coarsest of {levels} levels, where attention finds "
+            f"nothing to attend to: give --channels one width less, or a --patch above {2 ** (levels - 1)}.",
+            stacklevel=1,
+        )
+    if recipe.precision == "auto" and fabric.world_size == 1 and gradients_are_wrong(patch, levels, precision, device):
+        precision = Precision("fp32", f"a patch of {patch[0]} slices has wrong gradients in this CPU's bf16")
+        fabric = new_fabric(recipe, device, precision)
+        fabric.launch()
+    refuse_wrong_gradients(patch, levels, precision, device, recipe.compile)
     network = RSANet(
         len(contrasts),
         2,
@@ -252,7 +265,8 @@ def train(
     ).to(memory_format=MEMORY_FORMAT)
 
     progress = Progress()
-    session = Session(fabric, recipe, run, network, patch, spacing, contrasts, whole, precision, progress)
+    size = spacing or tuple(np.median(voxel_sizes_of(cases), axis=0).tolist())
+    session = Session(fabric, recipe, run, network, patch, spacing, size, contrasts, whole, precision, progress)
     if resume and (state := run.load_checkpoint()):
         session.restore(state)
         if progress.rows and not run.model.is_file():
@@ -293,6 +307,16 @@ def train(
     return run.model
 
 
+def new_fabric(recipe: Recipe, device: torch.device, precision: Precision) -> Fabric:
+    """What trains on one device or several."""
+    return Fabric(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index or 0] if device.type == "cuda" and recipe.devices == 1 else recipe.devices,
+        num_nodes=recipe.nodes,
+        precision="bf16-mixed" if precision.name == "bf16" else "32-true",
+    )
+
+
 def leads() -> bool:
     """Whether this process is the first of a run, or its only one; known before the others are started."""
     return rank_zero_only.rank in (0, None)
@@ -316,7 +340,8 @@ class Session:
         run: where results go.
         network: to train.
         patch: voxels along z, y and x.
-        spacing: mm along z, y and x that the volumes have, or None for their own.
+        spacing: mm along z, y and x that the volumes are brought to, or None for their own.
+        voxel_size: mm along z, y and x that they have.
         contrasts: in channel order.
         held_out: this process's share of the prepared held-out cases.
         precision: what the network is computed in.
@@ -331,6 +356,7 @@ class Session:
         network: RSANet,
         patch: Sequence[int],
         spacing: Sequence[float] | None,
+        voxel_size: Sequence[float],
         contrasts: Sequence[str],
         held_out: Sequence[Mapping[str, Any]],
         precision: Precision,
@@ -341,6 +367,7 @@ class Session:
         self.run = run
         self.network = network
         self.patch = patch
+        self.voxel_size = voxel_size
         self.extra = {"contrasts": list(contrasts), "roi": list(patch), "spacing": spacing and list(spacing)}
         self.held_out = held_out
         self.precision = precision
@@ -391,7 +418,7 @@ class Session:
         """Trains from where the run is to its end."""
         recipe, progress, fabric = self.recipe, self.progress, self.fabric
         steps = range(progress.step, recipe.steps)
-        transform = patch_transforms(self.patch, augment=recipe.augment)
+        transform = patch_transforms(self.patch, augment=recipe.augment, spacing=self.voxel_size)
         patches = Patches(volumes, transform, recipe.seed, recipe.batch, steps, fabric.global_rank, fabric.world_size)
         workers = recipe.workers
         if workers is None:

@@ -102,7 +102,8 @@ def test_few_centres_are_kept_of_the_many_without_lesion(cohort, monkeypatch):
     [
         ((150, 180, 150), PLENTY, "cuda", (112, 144, 128)),
         ((150, 180, 150), PLENTY, "cpu", (64, 64, 64)),
-        ((24, 400, 400), PLENTY, "cpu", (16, 128, 128)),
+        ((24, 400, 400), PLENTY, "cpu", (32, 80, 96)),  # of 16 slices, attention would see one
+        ((12, 400, 400), PLENTY, "cpu", (16, 128, 128)),
         ((40, 44, 40), PLENTY, "cpu", (48, 48, 48)),
         ((150, 180, 150), 2 * 64 * 64 * 64 * 4300, "cuda", (64, 64, 64)),
         ((150, 180, 150), 1, "cuda", (16, 16, 16)),
