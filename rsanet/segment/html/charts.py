@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,7 +13,8 @@ Array = np.ndarray
 
 SIZES_MM3 = (10, 30, 100, 300, 1000, 3000)  # between the bars of a histogram of lesion volumes
 MAP_COLOURS = "magma"
-ROWS = 8  # of dots above each other, at most
+# The network sees volumes with axes to superior, anterior, right.
+ENDS = {"axial": ("I", "S"), "coronal": ("P", "A"), "sagittal": ("L", "R")}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def histogram(volumes: Sequence[tuple[str, float]], order: Sequence[str]) -> lis
         volumes: layer and volume in mm³ of each lesion.
         order: the layers, from the lowest part of a bar on.
     """
-    labels = [f"<{SIZES_MM3[0]}", *(f"{low}–{high}" for low, high in zip(SIZES_MM3, SIZES_MM3[1:], strict=False))]
+    labels = [f"<{SIZES_MM3[0]}", *(f"{low}–{high}" for low, high in pairwise(SIZES_MM3))]
     labels.append(f"≥{SIZES_MM3[-1]}")
     # A lesion of exactly a bound belongs above it, whatever the rounding of the voxel volume.
     classes = [(layer, int(np.searchsorted(SIZES_MM3, volume * (1 + 1e-6), "right"))) for layer, volume in volumes]
@@ -93,7 +95,8 @@ def spread_loads(loads: Sequence[tuple[str, float]], columns: int = 60) -> Loads
         taken[column] = taken.get(column, 0) + 1
     ticks = [(f"{n * step:g}", n * step / end) for n in range(round(end / step) + 1)]
     low, median, high = np.percentile(values, (25, 50, 75))
-    words = f"Median {median:.1f} mL, middle half {low:.1f} to {high:.1f} mL, from {values.min():.1f} to {values.max():.1f} mL."
+    words = f"Median {median:.1f} mL, middle half {low:.1f} to {high:.1f} mL, "
+    words += f"from {values.min():.1f} to {values.max():.1f} mL."
     return Loads(dots, ticks, float(median) / end, words)
 
 
@@ -111,6 +114,7 @@ class AttentionMap:
 
     Attributes:
         axis: axial, coronal or sagittal.
+        ends: letters of the direction that the first slice lies in, and the last.
         size: number of slices.
         image: data URI, a pixel for each pair of slices.
         least: the value drawn darkest, in multiples of attending to all slices alike.
@@ -119,6 +123,7 @@ class AttentionMap:
     """
 
     axis: str
+    ends: tuple[str, str]
     size: int
     image: str
     least: float
@@ -142,9 +147,11 @@ def draw_attention(axis: str, weights: Array) -> AttentionMap:
     alike = 100 * float((distance <= 1).sum()) / size**2
     looked_at = relative.mean(0)
     words = (
-        f"A slice gives {near:.0f} % of its attention to itself and its neighbours, where looking everywhere alike would "
-        f"give {alike:.0f} %; slice {int(looked_at.argmax())} is looked at most, {looked_at.max():.2f} times as much as "
-        "the average slice."
+        f"A slice gives {near:.0f} % of its attention to itself and its neighbours, where looking everywhere alike "
+        f"would give {alike:.0f} %; slice {int(looked_at.argmax())} is looked at most, {looked_at.max():.2f} times as "
+        "much as the average slice."
     )
     # The first slice at the bottom, as in the slices' own order.
-    return AttentionMap(axis, size, png(coloured(scaled[::-1], MAP_COLOURS)), least, max(most, least), words)
+    return AttentionMap(
+        axis, ENDS[axis], size, png(coloured(scaled[::-1], MAP_COLOURS)), least, max(most, least), words
+    )

@@ -24,9 +24,10 @@ FATES = {
     "shrunk": "shrunk",
     "stable": "stable",
     "tiny": "new, but too small to count",
+    "unseen": "outside this session's field of view",
 }
 PAIRS = 8  # of slices drawn beside each other
-LITTLE_CHANGE = ("stable", "tiny")
+LITTLE_CHANGE = ("stable", "tiny", "unseen")
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Criteria:
         """The sentences to print beside the numbers."""
         less = 100 * (1 - 1 / (1 + self.growth))
         return (
-            f"New: no voxel in common with a lesion of the session before, and at least {self.new_mm3:g} mm³. Enlarged: "
-            f"at least {100 * self.growth:.0f} % and {self.change_mm3:g} mm³ more than before. Shrunk: at least "
+            f"New: no voxel in common with a lesion of the session before, and at least {self.new_mm3:g} mm³. "
+            f"Enlarged: at least {100 * self.growth:.0f} % and {self.change_mm3:g} mm³ more than before. Shrunk: at least "
             f"{less:.0f} % and {self.change_mm3:g} mm³ less. Vanished: no voxel in common with a lesion of this "
             f"session, and at least {self.new_mm3:g} mm³. Lesions that merged or split are compared together. The "
             "thresholds are this program's; no registration is done: the sessions' headers have to put them in one "
@@ -150,9 +151,12 @@ def compare_lesions(
         fate = criteria.judge(was, volume) if earlier else _if_large("new", lesion, criteria)
         changes.append(Change(lesion, fate, tuple(one.id for one in earlier), was, volume))
     for number, lesion in enumerate(before):
-        if groups[len(now) + number] not in groups[: len(now)] and _if_large("vanished", lesion, criteria) != "tiny":
+        if groups[len(now) + number] in groups[: len(now)]:
+            continue
+        fate = _if_large("vanished", lesion, criteria) if len(moved[number]) else "unseen"
+        if fate != "tiny":
             there = replace(lesion, id=f"P{lesion.id}", voxels=moved[number])
-            changes.append(Change(there, "vanished", (lesion.id,), lesion.volume_mm3, 0.0))
+            changes.append(Change(there, fate, (lesion.id,), lesion.volume_mm3, 0.0))
     return changes
 
 
@@ -180,7 +184,12 @@ def _overlaps(lesions: Sequence[Array], others: Sequence[Array], shape: Sequence
 
 
 def follow(
-    before: Scan, now: Scan, lesions: Sequence[Lesion], frame: Frame, protocol: Protocol, criteria: Criteria | None = None
+    before: Scan,
+    now: Scan,
+    lesions: Sequence[Lesion],
+    frame: Frame,
+    protocol: Protocol,
+    criteria: Criteria | None = None,
 ) -> FollowUp:
     """Compares the predictions of two consecutive sessions.
 
@@ -202,7 +211,8 @@ def follow(
     changes.sort(key=lambda change: (order.index(change.fate), -change.lesion.volume_mm3))
     counts = {fate: sum(change.fate == fate for change in changes) for fate in FATES}
     loads = [sum(lesion.volume_mm3 for lesion in every) for every in (earlier, predicted)]
-    return FollowUp(before.name, changes, counts, *loads, _draw_pairs(before, now, earlier, changes, carry, frame), criteria)
+    pairs = _draw_pairs(before, now, earlier, changes, carry, frame)
+    return FollowUp(before.name, changes, counts, *loads, pairs, criteria)
 
 
 def _draw_pairs(
@@ -216,8 +226,7 @@ def _draw_pairs(
     if not chosen:
         return []
     image = _resampled(before, now)
-    white = Frame.around(before.image, before.spacing).white
-    frames = replace(frame, white=white), frame
+    frame_before = replace(frame, white=Frame.around(before.image, before.spacing).white)
     fate_before = {name: change.fate for change in changes for name in change.before}
     left = [
         (f"P{lesion.id}", fate_before.get(lesion.id, "stable"), _carried(lesion.voxels, carry, now.prediction.shape))
@@ -225,7 +234,10 @@ def _draw_pairs(
     ]
     right = [(change.lesion.id, change.fate, change.lesion.voxels) for change in there if change.fate != "vanished"]
     return [
-        (draw_slice(now, image, index, plane, frames[0], left), draw_slice(now, now.image, index, plane, frames[1], right))
+        (
+            draw_slice(now, image, index, plane, frame_before, left),
+            draw_slice(now, now.image, index, plane, frame, right),
+        )
         for index in chosen
     ]
 

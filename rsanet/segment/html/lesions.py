@@ -1,6 +1,6 @@
 """The lesions of a page: each with its place, size, probability, and what the reference says of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +32,8 @@ class Lesion:
         status: a key of ``STATUS``.
         voxels: (N, 3) its voxels on the scan's grid.
         volume_mm3: their volume.
-        centre_mm: (3,) mean of the voxels in world mm: right, anterior, superior.
-        centre_voxel: (3,) the same as a voxel of the mask's file, counted from 0.
+        centre_mm: mean of the voxels in world mm: right, anterior, superior.
+        centre_voxel: the same as a voxel of the mask's file, counted from 0.
         mean_probability: over the voxels; None without a probability map.
         max_probability: likewise.
     """
@@ -42,8 +42,8 @@ class Lesion:
     status: str
     voxels: Array
     volume_mm3: float
-    centre_mm: Array
-    centre_voxel: Array
+    centre_mm: tuple[float, ...]
+    centre_voxel: tuple[float, ...]
     mean_probability: float | None = None
     max_probability: float | None = None
 
@@ -62,17 +62,30 @@ def list_lesions(scan: Scan, protocol: Protocol) -> list[Lesion]:
         scan: the case.
         protocol: what a lesion is, and when it is found, as in ``rsanet evaluate``.
     """
-    if scan.reference is None:
-        return _of_mask(scan, scan.prediction, protocol, None, ("predicted", "predicted"))
-    matched = Lesions.match(scan.prediction, scan.reference, scan.voxel_mm3, protocol)
-    predicted = _of_mask(scan, scan.prediction, protocol, matched.correct, ("hit", "false"))
-    return predicted + _of_mask(scan, scan.reference, protocol, matched.detected, ("reference", "missed"), "R")
+    masks = [mask for mask in (scan.prediction, scan.reference) if mask is not None]
+    # Most of a brain holds no lesion.
+    box = ndimage.find_objects(np.logical_or.reduce(masks).astype(np.uint8))
+    if not box:
+        return []
+    corner = [span.start for span in box[0]]
+    prediction, *reference = (mask[box[0]] for mask in masks)
+    if not reference:
+        return _of_mask(scan, prediction, corner, protocol, None, ("predicted", "predicted"))
+    matched = Lesions.match(prediction, reference[0], scan.voxel_mm3, protocol)
+    predicted = _of_mask(scan, prediction, corner, protocol, matched.correct, ("hit", "false"))
+    return predicted + _of_mask(scan, reference[0], corner, protocol, matched.detected, ("reference", "missed"), "R")
 
 
 def _of_mask(
-    scan: Scan, mask: Array, protocol: Protocol, partner: Array | None, words: tuple[str, str], prefix: str = ""
+    scan: Scan,
+    mask: Array,
+    corner: Sequence[int],
+    protocol: Protocol,
+    partner: Array | None,
+    words: tuple[str, str],
+    prefix: str = "",
 ) -> list[Lesion]:
-    """The lesions of one mask; ``words`` are the status of one with a partner and of one without."""
+    """The lesions of a mask cut out at a corner; ``words`` are the status of one with a partner and of one without."""
     labels, _ = label_lesions(mask, protocol.connectivity)
     counted, _ = large_lesions(mask, scan.voxel_mm3, protocol)
     found = []
@@ -81,7 +94,7 @@ def _of_mask(
         status = words[0]
         if partner is not None:
             status = "uncounted" if number == 0 else words[0] if partner[number - 1] else words[1]
-        found.append((voxels, status))
+        found.append((voxels + corner, status))
     found.sort(key=lambda pair: -len(pair[0]))
     return [_lesion(scan, f"{prefix}{n}", voxels, status) for n, (voxels, status) in enumerate(found, start=1)]
 
@@ -92,6 +105,5 @@ def _lesion(scan: Scan, name: str, voxels: Array, status: str) -> Lesion:
     if scan.probability is not None:
         values = scan.probability[tuple(voxels.T)]
         numbers = (float(values.mean()), float(values.max()))
-    return Lesion(
-        name, status, voxels, len(voxels) * scan.voxel_mm3, centre, scan.file_voxel(centre), *numbers
-    )
+    places = (tuple(centre.tolist()), tuple(scan.file_voxel(centre).tolist()))
+    return Lesion(name, status, voxels, len(voxels) * scan.voxel_mm3, *places, *numbers)

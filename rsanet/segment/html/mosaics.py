@@ -12,7 +12,7 @@ from rsanet.segment.words import counted
 
 Array = np.ndarray
 
-MOST_SLICES = 12  # of a plane; more make a page too long to read
+MOST_SLICES = 15  # of a plane; more make a page too long to read
 WELL_SEEN = 0.5  # of a lesion's largest area: a slice with less is not chosen for that lesion
 EMPTY = (0.35, 0.5, 0.65)  # of the head: the slices that are shown where there are no lesions
 PROBABILITY_COLOURS = "magma"
@@ -62,10 +62,12 @@ def draw_mosaics(scan: Scan, lesions: Sequence[Lesion], frame: Frame) -> list[Mo
     """The slices of all planes, with the outlines of the lesions in them."""
     mosaics = []
     for plane in PLANES:
-        chosen = choose_slices([lesion.voxels for lesion in lesions], plane.axis) or _through_the_head(frame, plane)
+        # A lesion of the reference that was found is seen with the one that found it.
+        needed = [lesion for lesion in lesions if lesion.status != "reference"]
+        chosen = choose_slices([lesion.voxels for lesion in needed], plane.axis) or _through_the_head(frame, plane)
         pictures = [draw_slice(scan, scan.image, index, plane, frame, layers(lesions)) for index in chosen]
         shown = {outline.lesion for picture in pictures for outline in picture.outlines}
-        unseen = [lesion.id for lesion in lesions if lesion.id not in shown]
+        unseen = [lesion.id for lesion in needed if lesion.id not in shown]
         mosaics.append(Mosaic(plane, pictures, unseen))
     return mosaics
 
@@ -99,10 +101,10 @@ def draw_slice(
         inside = voxels[voxels[:, plane.axis] == index]
         if len(inside):
             outlines.append(Outline(name, layer, frame.outline(inside, plane)))
-    title = f"{plane.world} = {scan.position(plane.axis, index):.0f} mm"
+    title = f"{plane.world} = {scan.position(plane.axis, index):.0f} mm".replace("-", "−")
     names = list(dict.fromkeys(outline.lesion for outline in outlines))
     words = f"with {'lesion' if len(names) == 1 else 'lesions'} {', '.join(names)}" if names else "without lesions"
-    grey = frame.grey(image.take(index, plane.axis), plane)
+    grey = frame.grey(image[(slice(None),) * plane.axis + (index,)], plane)
     alt = f"{plane.name.capitalize()} slice at {title}, {words}"
     return Picture(title, alt, *frame.extent(plane), grey, plane.letters, outlines)
 
@@ -132,6 +134,6 @@ def _project(
 
 
 def name_layers(lesions: Sequence[Lesion], words: Mapping[str, str]) -> list[tuple[str, str, int]]:
-    """The layers of a page in the order of ``words``: key, words and number of lesions, without those that have none."""
+    """The layers of a page in the order of ``words``: key, words and number of lesions, where there are any."""
     counts = {key: sum(lesion.status == key for lesion in lesions) for key in words}
     return [(key, text, counts[key]) for key, text in words.items() if counts[key]]

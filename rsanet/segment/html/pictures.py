@@ -14,7 +14,7 @@ Array = np.ndarray
 PIXEL = 0.6  # mm; finer than a voxel, so that the browser need not smooth a coarse picture
 QUALITY = 82  # of JPEG
 MARGIN = 4.0  # mm around the head
-BRIGHTEST = 99.8  # percentile of the tissue that is drawn white
+BRIGHTEST = 99.9  # percentile of the tissue that is drawn white
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ class Frame:
         (u0, u1), (v0, v1) = self.box[plane.across], self.box[plane.up]
         return flat[u0:u1, v0:v1].T[::-1, ::-1]
 
-    def grey(self, flat: Array, plane: Plane, gain: float = 1.0) -> str:
-        """Data URI of a slice (across, up) of the image."""
-        shown = np.clip(self.cut(flat, plane) * (gain / self.white), 0, 1)
+    def grey(self, flat: Array, plane: Plane) -> str:
+        """Data URI of a slice (across, up) of the image"""
+        shown = np.clip(self.cut(flat, plane) / self.white, 0, 1)
         return jpeg((255 * shown).astype(np.uint8), self.extent(plane))
 
     def outline(self, voxels: Array, plane: Plane) -> str:

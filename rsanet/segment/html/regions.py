@@ -81,14 +81,28 @@ def tell_regions(images: Mapping[str, Array], affine: Array, lesions: Sequence[A
         )
     brain = _brain(image)
     box = ndimage.find_objects(brain.astype(np.uint8))[0]
-    edges = np.array([(span.start, span.stop) for span in box])
-    if reason := _whole(brain, edges, spacing):
+    lengths = np.array(brain[box].shape) * spacing
+    if reason := _whole(brain, lengths):
         return Regions(nowhere, reason)
+    # A lesion may reach beyond the brain that is found, and need not.
+    corner = np.array([span.start for span in box])
+    inside = [voxels[((voxels >= corner) & (voxels < corner + brain[box].shape)).all(1)] - corner for voxels in lesions]
+    names, reason, found = _tell({name: volume[box] for name, volume in known.items()}, brain[box], spacing, inside)
+    ventricles = np.zeros(brain.shape, bool) if found is not None else None
+    if ventricles is not None:
+        ventricles[box] = found
+    return Regions(names, reason, ventricles)
+
+
+def _tell(
+    known: Mapping[str, Array], brain: Array, spacing: Array, lesions: Sequence[Array]
+) -> tuple[list[str], str, Array | None]:
+    """The fields of `Regions`, of images in the box of the brain."""
     # 0 in the middle, at the front and at the top, in mm of a brain of usual size.
-    lengths = (edges[:, 1] - edges[:, 0]) * spacing
+    lengths = np.array(brain.shape) * spacing
     scale = np.array([WIDTH_MM / lengths[0], LENGTH_MM / lengths[1], LENGTH_MM / lengths[1]]) * spacing
-    zero = np.array([edges[0].mean() - 0.5, edges[1][1] - 0.5, edges[2][1] - 0.5])
-    bright = np.zeros(image.shape, bool)
+    zero = np.array([brain.shape[0] / 2, brain.shape[1], brain.shape[2]]) - 0.5
+    bright = np.zeros(brain.shape, bool)
     for voxels in lesions:
         bright[tuple(voxels.T)] = True
     fluid = brain & ~bright
@@ -96,7 +110,7 @@ def tell_regions(images: Mapping[str, Array], affine: Array, lesions: Sequence[A
         fluid &= volume < DARK[name] * np.median(volume[brain])
     ventricles = _ventricles(fluid, brain, spacing, zero, scale)
     if ventricles is None:
-        return Regions(nowhere, "The lateral ventricles were not found on these images, so no region is told.")
+        return [""] * len(lesions), "The lateral ventricles were not found on these images, so no region is told.", None
     tree = KDTree(np.argwhere(_surface(ventricles)) * spacing)
     # Between the middles of neighbouring voxels there is nothing, but a distance.
     close = PERIVENTRICULAR_MM + float(spacing.prod()) ** (1 / 3)
@@ -105,7 +119,9 @@ def tell_regions(images: Mapping[str, Array], affine: Array, lesions: Sequence[A
     outer = (tissue.fluid() if tissue else fluid) & ~_grown(ventricles, spacing)
     names = []
     for voxels in lesions:
-        if tree.query(voxels * spacing)[0].min() <= close:
+        if not len(voxels):
+            names.append("")
+        elif tree.query(voxels * spacing)[0].min() <= close:
             names.append(REGIONS[0])
         elif _is_infratentorial((voxels.mean(0) - zero) * scale):
             names.append(REGIONS[3])
@@ -113,7 +129,7 @@ def tell_regions(images: Mapping[str, Array], affine: Array, lesions: Sequence[A
             names.append("")
         else:
             names.append(REGIONS[1 if tissue.cortex_around(voxels, outer) >= JUXTACORTICAL else 2])
-    return Regions(names, "" if all(names) else NO_T1W, ventricles)
+    return names, "" if tissue else NO_T1W, ventricles
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,9 +194,8 @@ def _brain(image: Array) -> Array:
     return ndimage.binary_fill_holes(brain)
 
 
-def _whole(brain: Array, edges: Array, spacing: Array) -> str:
-    """Why the brain is not a whole one in its usual place, or nothing."""
-    lengths = (edges[:, 1] - edges[:, 0]) * spacing
+def _whole(brain: Array, lengths: Array) -> str:
+    """Why the brain, so many mm wide, long and high, is not a whole one, or nothing."""
     if not all(low <= length <= high for length, (low, high) in zip(lengths, SIZES_MM, strict=True)):
         words = " × ".join(f"{length:.0f}" for length in lengths)
         return f"Regions are told on the scan of a whole adult brain, and here {words} mm of brain are seen."

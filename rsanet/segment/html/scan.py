@@ -120,7 +120,9 @@ def read_scan(case: Case, contrasts: Sequence[str], mask: Path) -> Scan:
 
 def _canonical(voxels: Array, affine: Array) -> nibabel.Nifti1Image:
     voxels = voxels.astype(np.uint8) if voxels.dtype == bool else voxels
-    return nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
+    # Files have the first axis run fastest; slices and labels are quicker the other way round.
+    return nibabel.Nifti1Image(np.ascontiguousarray(image.dataobj), image.affine)
 
 
 def _image_on(grid: nibabel.Nifti1Image, mask: Volume, path: Volume, name: str) -> tuple[Array, list[str]]:
