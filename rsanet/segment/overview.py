@@ -27,8 +27,8 @@ def is_picture(out: Path) -> bool:
         return True
     if not out.is_dir() and re.fullmatch(r"\.[A-Za-z]{2,5}|\.gz", out.suffix):
         raise ValueError(
-            f"{out} is neither a picture nor a folder: end its name in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}, or "
-            "give a folder for HTML pages."
+            f"{out} is neither a picture nor a folder: end its name in {', '.join(PICTURES)}, or give a "
+            "folder for HTML pages."
         )
     return False
 

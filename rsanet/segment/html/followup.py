@@ -53,8 +53,8 @@ class Criteria:
         less = 100 * (1 - 1 / (1 + self.growth))
         return (
             f"New: no voxel in common with a lesion of the session before, and at least {self.new_mm3:g} mm³. "
-            f"Enlarged: at least {100 * self.growth:.0f} % and {self.change_mm3:g} mm³ more than before. Shrunk: at least "
-            f"{less:.0f} % and {self.change_mm3:g} mm³ less. Vanished: no voxel in common with a lesion of this "
+            f"Enlarged: at least {100 * self.growth:.0f} % and {self.change_mm3:g} mm³ more than before. Shrunk: at "
+            f"least {less:.0f} % and {self.change_mm3:g} mm³ less. Vanished: no voxel in common with a lesion of this "
             f"session, and at least {self.new_mm3:g} mm³. Lesions that merged or split are compared together. The "
             "thresholds are this program's; no registration is done: the sessions' headers have to put them in one "
             "space."

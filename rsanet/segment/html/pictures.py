@@ -137,7 +137,7 @@ class Frame:
         return flat[u0:u1, v0:v1].T[::-1, ::-1]
 
     def grey(self, flat: Array, plane: Plane) -> str:
-        """Data URI of a slice (across, up) of the image"""
+        """Data URI of a slice (across, up) of the image."""
         shown = np.clip(self.cut(flat, plane) / self.white, 0, 1)
         return jpeg((255 * shown).astype(np.uint8), self.extent(plane))
 
