@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from rsanet.segment.html.lesions import Lesion
 from rsanet.segment.html.pictures import PLANES, Frame, Outline, Picture, Plane, coloured, jpeg
+from rsanet.segment.html.regions import is_stripped
 from rsanet.segment.html.scan import Scan
+from rsanet.segment.volumes import tissue_mask
 from rsanet.segment.words import counted
 
 Array = np.ndarray
@@ -16,6 +19,8 @@ MOST_SLICES = 15  # of a plane; more make a page too long to read
 WELL_SEEN = 0.5  # of a lesion's largest area: a slice with less is not chosen for that lesion
 EMPTY = (0.35, 0.5, 0.65)  # of the head: the slices that are shown where there are no lesions
 PROBABILITY_COLOURS = "magma"
+SCALP_MM = 20.0  # of a head whose skull is still there, from the air to the brain
+COARSE_MM = 4.0  # grid on which that is measured
 
 
 @dataclass(frozen=True)
@@ -111,13 +116,24 @@ def draw_slice(
 
 def draw_projections(scan: Scan, lesions: Sequence[Lesion], frame: Frame) -> list[tuple[str, list[Picture]]]:
     """Maximum-intensity projections of the image and, where there is a map, of the probability, with all lesions."""
-    rows = {scan.contrast: (scan.image, "")}
+    rows = {scan.contrast: (_without_scalp(scan.image, scan.spacing), "")}
     if scan.probability is not None:
         rows["Probability of lesion"] = (scan.probability, PROBABILITY_COLOURS)
     return [
         (name, [_project(name, volume, scale, scan, lesions, plane, frame) for plane in PLANES])
         for name, (volume, scale) in rows.items()
     ]
+
+
+def _without_scalp(image: Array, spacing: Array) -> Array:
+    """The image of a whole head without what lies near its surface, which a projection would show alone."""
+    if is_stripped(image):
+        return image
+    steps = np.maximum(1, np.round(COARSE_MM / spacing)).astype(int)
+    head = ndimage.binary_fill_holes(tissue_mask(image)[tuple(slice(None, None, step) for step in steps)])
+    deep = ndimage.distance_transform_edt(np.pad(head, 1), spacing * steps)[1:-1, 1:-1, 1:-1] > SCALP_MM
+    fine = np.kron(deep, np.ones(steps, bool))[tuple(slice(n) for n in image.shape)]
+    return np.where(fine, image, 0)
 
 
 def _project(

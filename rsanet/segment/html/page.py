@@ -1,5 +1,6 @@
 """The page of a case: everything that it shows, and the template that shows it."""
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,13 +33,13 @@ QUIET = "#C8C8C8"
 STYLES = {
     "predicted": (COLOURS["hit"], ""),
     "hit": (COLOURS["hit"], ""),
-    "false": (COLOURS["false"], "2 2.5"),
-    "missed": (COLOURS["missed"], "6 3"),
+    "false": (COLOURS["false"], "4 2"),
+    "missed": (COLOURS["missed"], "8 3"),
     "uncounted": (QUIET, "1 3"),
     "reference": (COLOURS["reference"], "1 2.5"),
     "new": (COLOURS["false"], ""),
-    "enlarged": (COLOURS["missed"], "6 3"),
-    "vanished": (COLOURS["reference"], "2 2.5"),
+    "enlarged": (COLOURS["missed"], "8 3"),
+    "vanished": (COLOURS["reference"], "4 2"),
     "shrunk": (COLOURS["hit"], "7 2 1 2"),
     "stable": (QUIET, "1 3"),
     "tiny": (QUIET, "1 2"),
@@ -152,6 +153,7 @@ def make_page(
         "region_words": _count_regions(lesions, regions),
         "mosaics": mosaics,
         "projections": draw_projections(scan, lesions, frame),
+        "needed": sum(lesion.status != "reference" for lesion in lesions),
         "layers": name_layers(lesions, STATUS),
         "bars": histogram([(one.status, one.volume_mm3) for one in lesions if one.status != "reference"], list(STATUS)),
         "fates": [(key, words, follow_up.counts[key]) for key, words in FATES.items() if follow_up.counts[key]]
@@ -201,6 +203,13 @@ def _plain(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("rsanet")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 @lru_cache(maxsize=1)
 def _environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -214,6 +223,7 @@ def _environment() -> "Environment":
     )
     environment.filters |= {"link": link, "ml": lambda mm3: f"{mm3 / 1000:.2f}", "page_file": page_file}
     environment.globals |= {
+        "version": _version(),
         "research": RESEARCH,
         "simulated_words": SIMULATED,
         "styles": STYLES,

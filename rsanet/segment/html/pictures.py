@@ -122,7 +122,9 @@ class Frame:
                 inside += [voxels[:, axis].min(), voxels[:, axis].max()]
             margin = round(MARGIN / float(spacing[axis]))
             box.append((max(0, min(inside) - margin), min(image.shape[axis], max(inside) + 1 + margin)))
-        values = image[tissue]
+        # Beneath the scalp, whose fat is brighter than any brain.
+        inner = tuple(slice(low + (high - low) // 6, high - (high - low) // 6) for low, high in box)
+        values = image[inner][tissue[inner]]
         white = float(np.percentile(values, BRIGHTEST)) if values.size else 1.0
         return cls(np.array(box), np.asarray(spacing, float), white if white > 0 else 1.0)
 

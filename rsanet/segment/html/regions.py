@@ -57,6 +57,11 @@ class Regions:
     ventricles: Array | None = None
 
 
+def is_stripped(image: Array) -> bool:
+    """Whether an image shows nothing but a brain: a background of exact zeros is around it."""
+    return bool(np.count_nonzero(image == 0) > 0.2 * image.size)
+
+
 def tell_regions(images: Mapping[str, Array], affine: Array, lesions: Sequence[Array]) -> Regions:
     """The region of each lesion.
 
@@ -73,7 +78,7 @@ def tell_regions(images: Mapping[str, Array], affine: Array, lesions: Sequence[A
         return Regions(nowhere, "Regions are told from a FLAIR or a T1w image, and there is neither.")
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
     image = next(iter(known.values()))
-    if np.count_nonzero(image == 0) < 0.2 * image.size:
+    if not is_stripped(image):
         return Regions(
             nowhere,
             "Regions are told on skull-stripped images alone, whose background is 0: around the brain of this one "

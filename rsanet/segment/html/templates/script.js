@@ -55,10 +55,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
     if ("fixed" in head.dataset) return;
     const button = document.createElement("button");
     button.type = "button";
-    button.append(...head.childNodes);
+    button.className = "sort";
+    button.setAttribute("aria-label", "Sort by " + head.textContent);
     head.append(button);
     head.setAttribute("aria-sort", "none");
-    button.addEventListener("click", () => {
+    head.addEventListener("click", () => {
       const numeric = head.classList.contains("number");
       // Numbers begin with the largest, words with the first.
       const before = head.getAttribute("aria-sort");
