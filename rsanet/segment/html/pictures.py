@@ -110,7 +110,7 @@ class Frame:
             spacing: voxel size in mm.
             lesions: voxels (N, 3) of each.
         """
-        tissue = tissue_mask(image)
+        tissue = head_mask(image)
         box = []
         for axis in range(3):
             # A few noisy voxels of air do not widen the head.
@@ -153,6 +153,14 @@ class Frame:
             points = np.round((np.array([right, top]) - line) * (step_u, step_v), 2)
             parts.append("M" + "L".join(f"{x:g},{y:g}" for x, y in points[:-1]) + "Z")
         return "".join(parts)
+
+
+def head_mask(image: Array) -> Array:
+    """Where an image (X, Y, Z) shows the head, and not air with a little noise in it."""
+    tissue = tissue_mask(image)
+    if image.min() >= 0 and tissue.any():
+        tissue &= image > 0.1 * np.percentile(image[tissue][::7], 99)
+    return tissue
 
 
 def edges(u: Array, v: Array) -> list[Array]:
