@@ -380,8 +380,8 @@ class Lesions:
 
         A lesion may match several: one large prediction over two reference lesions detects both under any overlap.
         """
-        pred_labels, pred_sizes = _large_lesions(pred, voxel_mm3, protocol)
-        ref_labels, ref_sizes = _large_lesions(ref, voxel_mm3, protocol)
+        pred_labels, pred_sizes = large_lesions(pred, voxel_mm3, protocol)
+        ref_labels, ref_sizes = large_lesions(ref, voxel_mm3, protocol)
         common = (pred_labels > 0) & (ref_labels > 0)
         pairs = (ref_labels[common] - 1, pred_labels[common] - 1)
         shared = sparse.coo_array((np.ones(pairs[0].size, np.int64), pairs), shape=(ref_sizes.size, pred_sizes.size))
@@ -443,7 +443,7 @@ def detect_msseg(rows: Array, columns: Array, voxels: Array, sizes: Array, other
     return detected
 
 
-def _large_lesions(mask: Array, voxel_mm3: float, protocol: Protocol) -> tuple[Array, Array]:
+def large_lesions(mask: Array, voxel_mm3: float, protocol: Protocol) -> tuple[Array, Array]:
     """The lesions that count: labels from 1 without a gap, 0 elsewhere, and the voxels of each lesion."""
     labels, count = label_lesions(mask, protocol.connectivity)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]

@@ -1,5 +1,6 @@
 """One picture of a cohort's predictions, with the attention maps of the model behind them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,23 @@ from rsanet.segment.report import View, draw_report
 from rsanet.segment.segmenter import Segmenter
 
 SUBJECTS = 3  # rows of a picture that still reads at a glance
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def is_picture(out: Path) -> bool:
+    """Whether a name is that of a picture, and not of a folder for pages.
+
+    Raises:
+        ValueError: it ends as a file does that is neither.
+    """
+    if out.suffix.lower() in PICTURES:
+        return True
+    if not out.is_dir() and re.fullmatch(r"\.[A-Za-z]{2,5}|\.gz", out.suffix):
+        raise ValueError(
+            f"{out} is neither a picture nor a folder: end its name in {', '.join(PICTURES)}, or give a "
+            "folder for HTML pages."
+        )
+    return False
 
 
 def choose_cases(cases: Sequence[Case], predicted: dict[str, list[Path]], subjects: Sequence[str]) -> list[Case]:

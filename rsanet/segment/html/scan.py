@@ -1,0 +1,182 @@
+"""A case as its page needs it: image, masks and probability on one grid, and what their files say of themselves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
+
+from rsanet.segment.layouts import Case, read_json
+from rsanet.segment.volumes import Volume, check_views, read_image, read_mask, read_volume, same_grid, stem
+from rsanet.segment.words import sizes
+
+Array = np.ndarray
+
+STRAIGHT = 1.0  # degrees; axes turned by less are not worth a remark
+AXES = ("x", "y", "z")
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A case's volumes on the grid of its predicted mask, axes turned to right, anterior, superior.
+
+    An oblique grid keeps its obliqueness: its axes run as closely to those directions as they did in the file.
+
+    Attributes:
+        name: of the case.
+        contrast: which image is shown.
+        images: (X, Y, Z) float32 by contrast: the one shown and, where there is one, T1w.
+        prediction: (X, Y, Z) bool.
+        reference: (X, Y, Z) bool, or None.
+        probability: (X, Y, Z) float32, or None.
+        affine: voxel to world mm.
+        file_affine: the same of the mask's file, whose voxels are numbered as viewers number them.
+        file_shape: shape of the mask's file.
+        sidecar: what the mask's JSON says.
+        notes: sentences on what was done to the volumes.
+    """
+
+    name: str
+    contrast: str
+    images: dict[str, Array]
+    prediction: Array
+    reference: Array | None
+    probability: Array | None
+    affine: Array
+    file_affine: Array
+    file_shape: tuple[int, ...]
+    sidecar: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def image(self) -> Array:
+        """The image that is shown."""
+        return self.images[self.contrast]
+
+    @property
+    def spacing(self) -> Array:
+        """(3,) voxel size in mm."""
+        return voxel_sizes(self.affine)
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    def position(self, axis: int, index: int) -> float:
+        """World mm along an axis of the middle of a slice."""
+        middle = (np.array(self.prediction.shape) - 1) / 2
+        middle[axis] = index
+        return float(apply_affine(self.affine, middle)[axis])
+
+    def file_voxel(self, world: Array) -> Array:
+        """(3,) voxel of the mask's file at a point in world mm."""
+        return apply_affine(np.linalg.inv(self.file_affine), world)
+
+
+def read_scan(case: Case, contrasts: Sequence[str], mask: Path) -> Scan:
+    """Reads a case and its predicted mask.
+
+    Args:
+        case: with its images, and its reference mask where there is one.
+        contrasts: of the cohort; where a case has no FLAIR, its first image among them is shown.
+        mask: predicted mask; ``..._probseg.nii.gz`` and ``.json`` beside it are read, too.
+
+    Raises:
+        ValueError: a file cannot serve, or they do not belong together; in one sentence.
+        OSError: a file cannot be read.
+    """
+    shown = next((name for name in ("FLAIR", *contrasts) if name in case.images or name in case.several), None)
+    if shown is None:
+        raise ValueError(f"{case.id} has no images.")
+    notes = [] if shown == "FLAIR" else [f"There is no FLAIR image: {shown} is shown."]
+    voxels, file = read_mask(mask)
+    grid = _canonical(voxels, file.affine)
+    images = {}
+    for name in dict.fromkeys((shown, *(["T1w"] if "T1w" in case.images else []))):
+        images[name], note = _image_on(grid, mask, case.pick([name])[name], name)
+        notes += note
+    reference = _mask_on(grid, mask, case.pick_mask())
+    probability = _probability_on(grid, mask)
+    if (angle := _obliqueness(grid.affine)) > STRAIGHT:
+        notes.append(f"The slices follow the scan, which is turned by {angle:.0f}° from the axes of the scanner.")
+    return Scan(
+        case.id,
+        shown,
+        images,
+        np.asarray(grid.dataobj) > 0,
+        reference,
+        probability,
+        grid.affine,
+        file.affine,
+        file.shape[:3],
+        _read_sidecar(mask.with_name(stem(mask) + ".json"), notes),
+        tuple(notes),
+    )
+
+
+def _canonical(voxels: Array, affine: Array) -> nibabel.Nifti1Image:
+    voxels = voxels.astype(np.uint8) if voxels.dtype == bool else voxels
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
+    # Files have the first axis run fastest; slices and labels are quicker the other way round.
+    return nibabel.Nifti1Image(np.ascontiguousarray(image.dataobj), image.affine)
+
+
+def _image_on(grid: nibabel.Nifti1Image, mask: Volume, path: Volume, name: str) -> tuple[Array, list[str]]:
+    """An image on the mask's grid, by the headers, and a remark where it had another."""
+    from nibabel.processing import resample_from_to
+
+    voxels, file = read_image(path)
+    image = _canonical(voxels, file.affine)
+    if same_grid(image, grid):
+        return np.asarray(image.dataobj, np.float32), []
+    check_views(mask, grid, path, image)
+    resampled = resample_from_to(image, (grid.shape, grid.affine), order=1)
+    return np.asarray(resampled.dataobj, np.float32), [f"{name} is shown on the grid of the mask, by the headers."]
+
+
+def _mask_on(grid: nibabel.Nifti1Image, mask: Volume, path: Path | None) -> Array | None:
+    if path is None:
+        return None
+    voxels, file = read_mask(path)
+    reference = _canonical(voxels, file.affine)
+    if not same_grid(reference, grid):
+        raise ValueError(
+            f"{mask} ({sizes(grid.shape)}) and the reference {path} ({sizes(reference.shape)}) are on different "
+            "grids: bring one to the other's."
+        )
+    return np.asarray(reference.dataobj) > 0
+
+
+def _probability_on(grid: nibabel.Nifti1Image, mask: Path) -> Array | None:
+    path = mask.with_name(f"{stem(mask).removesuffix('_mask')}_probseg{mask.name[len(stem(mask)) :]}")
+    if not path.is_file():
+        return None
+    voxels, file = read_volume(path)
+    probability = _canonical(voxels, file.affine)
+    if not same_grid(probability, grid):
+        raise ValueError(f"{path} is on another grid than {mask}: predict both again, or remove the one of them.")
+    return np.clip(np.nan_to_num(np.asarray(probability.dataobj, np.float32)), 0, 1)
+
+
+def _read_sidecar(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The JSON beside a mask; what is no such file costs a remark, not the page."""
+    if not path.is_file():
+        return {}
+    try:
+        content = read_json(path)
+    except (ValueError, OSError):
+        content = None
+    if isinstance(content, dict):
+        return content
+    notes.append(f"{path.name} beside the mask cannot be read.")
+    return {}
+
+
+def _obliqueness(affine: Array) -> float:
+    """The largest angle in degrees between an axis of a canonical grid and its own of the world."""
+    directions = affine[:3, :3] / voxel_sizes(affine)
+    return float(np.degrees(np.arccos(np.clip(np.diag(directions), -1, 1))).max())
