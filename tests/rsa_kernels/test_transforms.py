@@ -84,6 +84,19 @@ def test_vmap_joins_its_dim_to_the_batch_of_one_call(monkeypatch, backend):
 
 
 @each_backend
+def test_no_gradient_flows_through_the_maps(backend):
+    x, *block = random_volume(SHAPE), *random_block(3)
+
+    def entropy(x):
+        return sum((attention * attention.log()).sum() for attention in attend(backend, return_maps=True)(x, *block)[1])
+
+    assert entropy(x) < 0
+    assert not grad(entropy)(x).any()
+    if backend in PLAIN:
+        assert not jvp(entropy, (x,), (x,))[1].any()
+
+
+@each_backend
 def test_vmap_of_weights_is_a_loop(backend):
     blocks = [RSABlock(3, backend=backend).double() for _ in range(3)]
     for seed, block in enumerate(blocks):
@@ -185,16 +198,19 @@ def test_forward_mode_is_that_of_the_equations(backend):
         close(one, other)
     (x, *block), dx = primals, tangents[0]
     expected = jvp(lambda x: equations(x, *block), (x,), (dx,))[1]
+    leaf = x.clone().requires_grad_()
+    before = attend(backend)(leaf, *block)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, dx)
         close(forward_ad.unpack_dual(attend(backend)(dual, *block)).tangent, expected)
         close(attend(backend)(x, *block), equations(x, *block))
-        leaf = x.clone().requires_grad_()
-        grads = [
-            torch.autograd.grad(function(leaf, *block), leaf, dual)[0] for function in (attend(backend), equations)
-        ]
-        close(*(forward_ad.unpack_dual(gradient).tangent for gradient in grads))
+        outs = before, attend(backend)(leaf, *block), equations(leaf, *block)
+        *grads, truth = (forward_ad.unpack_dual(torch.autograd.grad(out, leaf, dual)[0]).tangent for out in outs)
+        for one in grads:
+            close(one, truth)
     close(jacfwd(lambda x: attend(backend)(x, *block))(x), jacrev(lambda x: equations(x, *block))(x))
+    tangent = jvp(lambda bias: attend(backend)(x, *block[:3], bias, *block[4:]), (block[3],), (block[3],))[1]
+    assert not tangent.any(), "the key's bias has no influence"
     triple, given = tuple(volumes(3)), tuple(volumes(3)[::-1])
     close(jvp(core(backend), triple, given)[1], jvp(core_equations, triple, given)[1])
     with torch.autocast("cpu", torch.bfloat16):
@@ -225,14 +241,16 @@ def test_a_backend_without_such_kernels_refuses_forward_mode_and_second_derivati
     advice = rf"backend '{backend}' has no kernels: call it with backend='reference'"
     with pytest.raises(RuntimeError, match=f"was given tangents, for which {advice}"):
         jvp(lambda x: attend(backend)(x, *block), (x,), (x,))
+    leaf = x.clone().requires_grad_()
+    before = core(backend)(leaf, x, x)
     with forward_ad.dual_level():
         with pytest.raises(RuntimeError, match="was given tangents"):
             core(backend)(x, x, forward_ad.make_dual(x, x))
-        leaf = x.clone().requires_grad_()
         out = core(backend)(leaf, x, x)
         assert out.isfinite().all()
-        with pytest.raises(RuntimeError, match="was given tangents"):
-            out.backward(forward_ad.make_dual(x, x))
+        for one in (before, out):
+            with pytest.raises(RuntimeError, match="was given tangents"):
+                one.backward(forward_ad.make_dual(x, x))
     for function in (attend(backend), lambda x, *_: core(backend)(x, x, x)):
         leaf = x.clone().requires_grad_()
         (first,) = torch.autograd.grad(loss(function)(leaf, *block), leaf, create_graph=True)
