@@ -20,7 +20,10 @@ def export(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Write the network for another runtime, and compare the file with it: rsanet export RUN -o model.onnx."""
+    """Write the network as ONNX, torch.export or AOTInductor.
+
+    The file is compared with the network before it takes its place: rsanet export RUN -o model.onnx
+    """
     from rsanet.integrations import export as work
     from rsanet.segment.words import counted
 

@@ -13,7 +13,10 @@ def export_bundle(
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of a bundle that exists.")] = False,
 ) -> None:
-    """Write a MONAI bundle, which applies the model as predict does: python -m monai.bundle run."""
+    """Write a MONAI bundle.
+
+    It applies the model as predict does, by python -m monai.bundle run: rsanet export-bundle RUN bundle
+    """
     from rsanet.integrations import bundle
 
     bundle.export_bundle(model, out, overwrite=overwrite)
