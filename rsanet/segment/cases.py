@@ -88,6 +88,7 @@ def make_case(
     images: Sequence[tuple[str, Path]],
     masks: Sequence[Path] | Mapping[str, Path | MaskSource],
     *,
+    consensus: bool = False,
     subject: str = "",
     place: str = "",
 ) -> Case:
@@ -96,7 +97,8 @@ def make_case(
     Args:
         name: of the case.
         images: contrasts and files.
-        masks: files; or, where the layout says who drew them, by rater, the first being the one that is meant.
+        masks: files; or, where the layout says who drew them, by rater.
+        consensus: whether of masks by rater the first is the one that is meant.
         subject: see `Case`.
         place: see `Case`.
     """
@@ -104,7 +106,9 @@ def make_case(
     for contrast, path in images:
         found.setdefault(contrast, []).append(path)
     if isinstance(masks, Mapping):
-        raters, meant = dict(masks), list(masks.values())[:1]
+        raters = dict(masks)
+        agreed = [mask for rater, mask in raters.items() if CONSENSUS in f"{rater} {mask}".lower()]
+        meant = list(raters.values())[:1] if consensus else agreed or list(raters.values())
     else:
         meant = list(masks)
         for word in (CONSENSUS, "lesion"):
@@ -129,12 +133,10 @@ def make_case(
 
 def name_raters(case: str, masks: Sequence[Path]) -> dict[str, Path]:
     """Masks of a case by what tells them apart: what follows the case in their names, or else their folders."""
-    if len(masks) > 1:
-        names = [stem(path).removeprefix(case).strip("_-. ") or stem(path) for path in masks]
-        if len(set(names)) == len(names):
-            return dict(zip(names, masks, strict=True))
+    names = [stem(path).removeprefix(case).strip("_-. ") or "mask" for path in masks]
+    if len(set(names)) < len(names):
         common = os.path.commonpath([path.parent for path in masks])
         names = [next(iter(path.parent.relative_to(common).parts), path.name) for path in masks]
-        if len(set(names)) == len(names):
-            return dict(zip(names, masks, strict=True))
-    return {str(path) if len(masks) > 1 else stem(path): path for path in masks}
+    if len(set(names)) < len(names):
+        names = [str(path) for path in masks]
+    return dict(zip(names, masks, strict=True))

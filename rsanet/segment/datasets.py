@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rsanet.segment.cases import CONSENSUS, Case
+from rsanet.segment.cases import Case
 from rsanet.segment.layouts import UNDERSTOOD, read_cases, resembled
 from rsanet.segment.lists import read_json
 from rsanet.segment.names import canonical
-from rsanet.segment.raters import RULES
+from rsanet.segment.raters import RULES, RatersMask
 from rsanet.segment.volumes import check_views, read_image, read_mask, same_grid
 from rsanet.segment.words import counted, sizes
 
@@ -92,7 +92,10 @@ def reference_words(cases: Sequence[Case], raters: str | None) -> str:
     """Whose masks are the reference, in a few words: ``majority of mask1, mask2``; nothing where nobody asked."""
     if raters not in RULES:
         return raters or ""
-    voters = list(dict.fromkeys(name for case in cases for name in case.raters if CONSENSUS not in name.lower()))
+    made = [mask for case in cases if isinstance(mask := case.mask, RatersMask)]
+    if not made:
+        return "one mask of each case"
+    voters = list(dict.fromkeys(name for mask in made for name in mask.masks))
     return f"{raters} of {some(voters, 9)}" + (", a tie is no lesion" if raters == "majority" else "")
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from rsanet.segment.cases import Case, make_case
+from rsanet.segment.cases import Case, make_case, name_raters
 from rsanet.segment.lists import channels_of, read_datalist, read_json, read_table
 from rsanet.segment.names import canonical, kind_of, subfolders, subject_of_name, volumes_in
 from rsanet.segment.provenance import is_predicted
@@ -92,17 +92,23 @@ def read_bids(folder: Path) -> list[Case]:
         sessions = [path for path in subfolders(subject) if path.name.startswith("ses-")]
         for place in [subject, *sessions] if (subject / "anat").is_dir() or not sessions else sessions:
             where = place.relative_to(folder)
-            images, masks = [], []
+            images: list[tuple[str, Path]] = []
+            masks: dict[str, Path] = {}
             for path in volumes_in(place / "anat"):
                 contrast = canonical(stem(path).rpartition("_")[2])
                 if not contrast.lower().endswith(("mask", "seg")):
                     images.append(("T1ce" if contrast == "T1w" and "_ce-" in path.name else contrast, path))
             for pipeline in pipelines:
-                masks += [
+                drawn = [
                     path
                     for path in volumes_in(pipeline / where / "anat")
                     if "label-lesion" in path.name and stem(path).endswith("_mask")
                 ]
+                if len(drawn) == 1:
+                    masks[pipeline.name] = drawn[0]
+                else:
+                    named = name_raters("_".join(where.parts), drawn)
+                    masks |= {f"{pipeline.name}/{name}": path for name, path in named.items()}
             cases.append(make_case("_".join(where.parts), images, masks, place=(where / "anat").as_posix()))
     return cases
 

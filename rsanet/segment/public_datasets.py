@@ -176,5 +176,5 @@ def several(
 ) -> Case:
     """A case of the files that there are; with a consensus, the first mask is the one that is meant."""
     there = {rater: mask for rater, mask in masks.items() if mask}
-    drawn = there if consensus or len(there) < 2 else list(there.values())
-    return make_case(name, [(contrast, path) for contrast, path in images.items() if path], drawn, subject=subject)
+    found = [(contrast, path) for contrast, path in images.items() if path]
+    return make_case(name, found, there, consensus=consensus and next(iter(masks)) in there, subject=subject)

@@ -1,5 +1,6 @@
 """Lesion masks that are more than one file of zeros and ones: those of several raters, and one with several labels."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,6 @@ def find_rater(wanted: str, names: Sequence[str]) -> str | None:
     """
     wanted = wanted.lower()
     whole = [name for name in names if name.lower() == wanted]
-    split = [name for name in names if wanted in name.lower().replace("-", "_").replace(".", "_").split("_")]
+    split = [name for name in names if wanted in re.split(r"[_\-./]", name.lower())]
     found = whole or split
     return found[0] if len(found) == 1 else None

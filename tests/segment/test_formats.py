@@ -165,6 +165,9 @@ def test_what_a_nifti_was_made_of_is_left_out_beside_it(tmp_path, phantoms):
         SimpleITK.WriteImage(itk_image(images["FLAIR"], np.eye(4)), str(tmp_path / name))
     write_series(tmp_path / "P1" / "dicom_T2", np.ones((3, 3, 3)), np.eye(4))
     assert list_cases(tmp_path) == before
+    phantoms.save(tmp_path / "flat" / "P1_FLAIR.nii.gz", images["FLAIR"])
+    SimpleITK.WriteImage(itk_image(images["FLAIR"], np.eye(4)), str(tmp_path / "flat" / "P1_T1.mha"))
+    assert [list(case.images) for case in list_cases(tmp_path / "flat")[0]] == [["FLAIR"]]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from rsanet.segment.datasets import find_cases, list_cases
+from rsanet.segment.datasets import find_cases, list_cases, reference_words
 from rsanet.segment.volumes import read_mask
 
 
@@ -71,6 +71,30 @@ def test_a_rater_that_nobody_is_is_refused_and_one_who_left_some_out_makes_bad_c
     (folder / "P2" / "mask3.nii.gz").unlink()
     with pytest.raises(ValueError, match=r"1 of 2 cases .*\n  P2 has no mask of that rater: it has mask1, mask2\."):
         find_cases(folder, require_mask=True, raters="mask3")
+
+
+def test_a_rater_of_some_subjects_alone_goes_by_one_name(drawn, phantoms, tmp_path):
+    folder, _ = drawn
+    for rater in (2, 3):
+        (folder / "P2" / f"mask{rater}.nii.gz").unlink()
+    assert [list(case.raters) for case in list_cases(folder)[0]] == [["mask1", "mask2", "mask3"], ["mask1"]]
+    assert reference_words(list_cases(folder, raters="union")[0], "union") == "union of mask1, mask2, mask3"
+    root = phantoms.write_cohort(tmp_path / "bids", 2)
+    assert [list(case.raters) for case in list_cases(root)[0]] == [["lesions"], ["lesions"]]
+    assert reference_words(list_cases(root, raters="union")[0], "union") == "one mask of each case"
+    assert len(find_cases(root, require_mask=True, raters="lesions")) == 2
+
+
+def test_two_masks_of_one_bids_pipeline_are_two_raters(tmp_path, phantoms):
+    root = phantoms.write_cohort(tmp_path, 1)
+    path = phantoms.mask_path(root, "sub-001")
+    for name in ("anna", "bert"):
+        phantoms.save(path.with_name(f"sub-001_desc-{name}_label-lesion_mask.nii.gz"), phantoms.make_subject(2)[1])
+    path.unlink()
+    assert (
+        find_cases(root, require_mask=True, raters="bert")[0].mask.name == "sub-001_desc-bert_label-lesion_mask.nii.gz"
+    )
+    assert list_cases(root, raters="majority")[0][0].mask.rule == "majority"
 
 
 def test_raters_of_bids_go_by_the_folder_of_their_derivatives(tmp_path, phantoms):
