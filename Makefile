@@ -9,7 +9,7 @@ TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux' and platform_mach
 # nnU-Net's networks, for tests. They need torch alone; what the package asks for besides would bring a CUDA build of torchvision.
 NETWORKS := dynamic-network-architectures==0.4.4
 
-.PHONY: install demo test test-nnunet bench bench-quick check-triton check-cuda check-sanitize check-mutations check-package check-gpu lint clean
+.PHONY: install demo test test-nnunet test-report bench bench-quick check-triton check-cuda check-sanitize check-mutations check-package check-gpu lint clean
 
 install: $(VENV)/installed
 
@@ -32,6 +32,7 @@ demo: install
 	$(RUN)/rsanet predict demo/run --data demo/test -o demo/predictions
 	$(RUN)/rsanet evaluate demo/predictions demo/test --csv demo/scores.csv
 	$(RUN)/rsanet report demo/report.png --data demo/test --pred demo/predictions --model demo/run
+	$(RUN)/rsanet report demo/report --data demo/test --pred demo/predictions --model demo/run
 
 # Triton's kernels run in its interpreter, which a process has from its start or not at all.
 test: install
@@ -86,6 +87,14 @@ check-mutations: install
 # Builds the source distribution and the wheels from it, in pure Python and compiled, and installs one as a user would.
 check-package: install
 	$(RUN)/python tests/packaging/check.py $(TORCH)
+
+# Opens the HTML report in a headless Chromium, which it installs on Debian and Ubuntu where there is none: under a minute.
+test-report: install
+	$(RUN)/pip install --quiet "selenium>=4.20"
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+		|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null \
+		|| { echo "The tests of the HTML report need chromium and chromedriver, and apt-get cannot install them: install both and try again."; exit 1; }
+	$(RUN)/python -m pytest tests/browser/report.py
 
 # On a machine with a GPU, in an environment with a CUDA build of torch: the extensions, the tests, then the measurements.
 check-gpu:

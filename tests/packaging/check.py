@@ -82,6 +82,8 @@ def wheel(source: Path, folder: Path, *options: str, **variables: str) -> tuple[
         names = set(archive.namelist())
     unwanted = [name for name in names if not re.match(r"rsa_kernels/|rsanet/|rsanet-[^/]*\.dist-info/", name)]
     expect(not unwanted, f"{built.name} has the two packages and no more {unwanted or ''}")
+    templates = {path.relative_to(source).as_posix() for path in source.glob("rsanet/segment/html/templates/*")}
+    expect(bool(templates) and templates <= names, f"and the {len(templates)} templates of the HTML report")
     return built, names
 
 

@@ -23,7 +23,7 @@ REGIONS = ("periventricular", "juxtacortical", "deep white matter", "infratentor
 # heights are measured from the top in these units, too.
 WIDTH_MM, LENGTH_MM = 140.0, 175.0
 SIZES_MM = ((100, 180), (125, 215), (95, 190))  # of a brain's box along x, y and z; another is not a whole brain
-TOUCHING = 0.2  # of a face of the scan's box covered by brain: the brain is cut off there
+TOUCHING = 0.1  # of a face of the scan's box covered by brain: the brain is cut off there
 
 DARK = {"FLAIR": 0.55, "T1w": 0.62}  # of the median tissue: what is darker is fluid
 COARSE_MM = 2.0  # grid on which the ventricles are looked for
@@ -92,7 +92,8 @@ def tell_regions(images: Mapping[str, Array], affine: Array, lesions: Sequence[A
     # A lesion may reach beyond the brain that is found, and need not.
     corner = np.array([span.start for span in box])
     inside = [voxels[((voxels >= corner) & (voxels < corner + brain[box].shape)).all(1)] - corner for voxels in lesions]
-    names, reason, found = _tell({name: volume[box] for name, volume in known.items()}, brain[box], spacing, inside)
+    cropped = {name: volume[box].astype(np.float32) for name, volume in known.items()}
+    names, reason, found = _tell(cropped, brain[box], spacing, inside)
     ventricles = np.zeros(brain.shape, bool) if found is not None else None
     if ventricles is not None:
         ventricles[box] = found

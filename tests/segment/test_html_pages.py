@@ -1,0 +1,497 @@
+"""The HTML report: what its pages say and show, read as a browser reads them, without one."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from segment.bright import CPU, FP32
+
+from rsanet import RSANet
+from rsanet.segment.html.charts import draw_attention, histogram, nice_step, spread_loads
+from rsanet.segment.html.cohort import write_report
+from rsanet.segment.html.lesions import list_lesions
+from rsanet.segment.html.mosaics import MOST_SLICES, choose_slices, draw_mosaics
+from rsanet.segment.html.page import RESEARCH, SIMULATED, make_page
+from rsanet.segment.html.pictures import PLANES, Frame, edges
+from rsanet.segment.html.scan import Scan, read_scan
+from rsanet.segment.layouts import Case
+from rsanet.segment.metrics import PROTOCOLS, evaluate_case
+from rsanet.segment.segmenter import Segmenter
+
+SHAPE = (30, 40, 20)
+OBLIQUE = nib.affines.from_matvec(
+    nib.eulerangles.euler2mat(0.1, 0.2, -0.15) @ np.diag([2.0, 1.5, 4.0]), [-30, -25, -40]
+)
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and its words outside of scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.words, self.rows, self.cell = [], [], [], None
+        self.inside = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        self.inside.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.cell = []
+
+    def handle_endtag(self, tag):
+        if tag in self.inside:
+            while self.inside.pop() != tag:
+                pass
+        if tag in ("td", "th"):
+            self.rows[-1].append("".join(self.cell).strip())
+            self.cell = None
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.inside):
+            self.words.append(data)
+            if self.cell is not None:
+                self.cell.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.found if name == tag]
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def read(path):
+    return Elements(path.read_text(encoding="utf-8"))
+
+
+def scan(prediction, reference=None, affine=None, probability=None, image=None, name="case"):
+    """A scan of a head that fills most of the volume."""
+    affine = np.diag([2.0, 1.5, 4.0, 1.0]) if affine is None else affine
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in prediction.shape], indexing="ij"))
+    image = np.where((grid**2).sum(0) < 0.9, 100.0, 0.0).astype(np.float32) if image is None else image
+    return Scan(name, "FLAIR", {"FLAIR": image}, prediction, reference, probability, affine, affine, prediction.shape)
+
+
+def masks():
+    """A prediction with a hit, a false lesion and one of a voxel, and a reference with a missed lesion."""
+    prediction, reference = np.zeros(SHAPE, bool), np.zeros(SHAPE, bool)
+    prediction[8:12, 10:14, 8:10] = reference[9:12, 10:15, 8:10] = True
+    prediction[20:23, 25:27, 12] = True
+    prediction[15, 20, 5] = True
+    reference[20:22, 10:12, 14] = True
+    return prediction, reference
+
+
+@pytest.fixture(scope="module")
+def cohort(phantoms, tmp_path_factory):
+    """Three simulated subjects with predictions that are not quite right; the third has no reference."""
+    root = tmp_path_factory.mktemp("report")
+    data, pred = phantoms.write_cohort(root / "data", 3), root / "pred"
+    pred.mkdir()
+    for number, name in enumerate(("sub-001", "sub-002", "sub-003")):
+        path = phantoms.mask_path(data, name)
+        image = nib.load(path)
+        mask = np.roll(np.asarray(image.dataobj), number, axis=0)
+        phantoms.save(pred / f"{name}_label-lesion_mask.nii.gz", mask, image.affine, np.uint8)
+    phantoms.save(
+        pred / "sub-001_label-lesion_probseg.nii.gz",
+        0.75 * np.asarray(nib.load(pred / "sub-001_label-lesion_mask.nii.gz").dataobj),
+        np.eye(4),
+    )
+    shutil.rmtree(phantoms.mask_path(data, "sub-003").parents[1])
+    return SimpleNamespace(data=data, pred=pred, root=root)
+
+
+@pytest.fixture(scope="module")
+def report(cohort):
+    """The pages of that cohort, made once; tests only read them."""
+    out = cohort.root / "out"
+    write_report(out, cohort.data, cohort.pred)
+    return out
+
+
+def test_the_command_writes_a_page_for_each_case_and_an_index_that_leads_to_them(cohort, rsanet, tmp_path):
+    out = tmp_path / "pages"
+    code, words, err = rsanet("report", out, "--data", cohort.data, "--pred", cohort.pred)
+    assert (code, err) == (0, "")
+    assert [line.partition(":")[0] for line in words.splitlines()] == [
+        "1/3  sub-001", "2/3  sub-002", "3/3  sub-003", f"The report is {out / 'index.html'}.",
+    ]  # fmt: skip
+    assert sorted(path.name for path in out.iterdir()) == ["index.html", *(f"sub-00{n}.html" for n in (1, 2, 3))]
+    links = [a["href"] for a in read(out / "index.html").all("a") if not a["href"].startswith("#")]
+    assert links == ["./sub-001.html", "./sub-002.html", "./sub-003.html"]
+
+
+def test_a_page_is_complete_in_itself_and_may_load_nothing(report):
+    for path in report.iterdir():
+        text, page = path.read_text(encoding="utf-8"), read(path)
+        assert len(text) < 3e6
+        policies = [meta for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+        assert policies[0]["content"].startswith("default-src 'none'; img-src data:;")
+        for tag, attrs in page.found:
+            assert tag not in ("link", "iframe", "object", "embed", "form", "base", "img"), path
+            assert "src" not in attrs, path
+            address = attrs.get("href") or attrs.get("xlink:href") or "#"
+            local = address.startswith("#") or (tag == "image" and address.startswith("data:image/"))
+            assert local or (tag == "a" and address.startswith("./")), address[:80]
+        rest = re.sub(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+", "", text)
+        assert not re.search(r"https?:|//[a-z]|url\(|@import|fetch\(|XMLHttp|import\(", rest), path
+
+
+def test_the_warnings_are_on_every_page_and_real_data_are_not_called_simulated(report, cohort, tmp_path, phantoms):
+    for path in report.iterdir():
+        first = read(path).all("p")[0]
+        assert first["class"] == "warning"
+        assert f"{RESEARCH} {SIMULATED}" in read(path).text
+    assert "no clinical meaning" in (report / "sub-001.html").read_text().rpartition("@page")[2]  # in print, too
+    real = tmp_path / "real"
+    shutil.copytree(cohort.data / "sub-001", real / "sub-001")
+    written = write_report(tmp_path / "out", real, cohort.pred)
+    for path in (written.index, *written.pages.values()):
+        assert RESEARCH in read(path).text
+        assert "imulated" not in read(path).text
+
+
+def test_words_of_file_names_and_json_are_shown_and_never_run(cohort, tmp_path):
+    name = "<script>alert(1)<&\"'"
+    table = tmp_path / "list.csv"
+    image = cohort.data / "sub-001" / "anat" / "sub-001_FLAIR.nii.gz"
+    table.write_text(f'id,FLAIR\n"{name.replace(chr(34), chr(34) * 2)}",{image}\n')
+    pred = tmp_path / "pred"
+    pred.mkdir()
+    shutil.copy(cohort.pred / "sub-001_label-lesion_mask.nii.gz", pred / f"{name}_label-lesion_mask.nii.gz")
+    spoilt = {
+        "Backend": "<img src=x onerror=alert(2)>",
+        "Models": [{"Path": "</script><b>", "SHA256": "0a"}],
+        "Lesions": [],
+    }
+    (pred / f"{name}_label-lesion_mask.json").write_text(json.dumps(spoilt))
+    written = write_report(tmp_path / "out", table, pred)
+    page, index = read(written.pages[name]), read(written.index)
+    for shown in (page, index):
+        assert len(shown.all("script")) == 1
+        assert not shown.all("img")
+        assert not shown.all("b") or "SHA256" not in str(shown.all("b"))
+        assert not [key for _, attrs in shown.found for key in attrs if key.startswith("on")]
+        assert name in "".join(shown.words)
+    assert "<img src=x onerror=alert(2)>" in page.text
+    assert "Path </script><b>, SHA256 0a" in page.text
+    address = next(a["href"] for a in index.all("a") if a["href"].startswith("./"))
+    assert unquote(address) == f"./{name}.html"
+    assert (tmp_path / "out" / unquote(address)).is_file()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_lesion_table_equals_an_independent_computation(turned, tmp_path, phantoms):
+    prediction, _ = masks()
+    rng = np.random.default_rng(0)
+    image = rng.uniform(50, 100, SHAPE)
+    probability = rng.uniform(0.5, 1, SHAPE) * prediction
+    files = {}
+    for key, volume in (("FLAIR", image), ("a_mask", prediction), ("a_probseg", probability)):
+        dtype = np.uint8 if key == "a_mask" else np.float32
+        nifti = nib.Nifti1Image(volume.astype(dtype), OBLIQUE)
+        if turned:  # axes stored as a sagittal scan's
+            nifti = nifti.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
+        files[key] = tmp_path / f"{key}.nii.gz"
+        nib.save(nifti, files[key])
+    page = make_page(read_scan(Case("a", {"FLAIR": files["FLAIR"]}), ["FLAIR"], files["a_mask"]), PROTOCOLS["custom"])
+    stored = nib.load(files["a_mask"])
+    labels, count = ndimage.label(np.asarray(stored.dataobj), np.ones((3, 3, 3)))
+    likely = np.asarray(nib.load(files["a_probseg"]).dataobj)
+    expected = []
+    for number in range(1, count + 1):
+        inside = labels == number
+        voxel = np.argwhere(inside).mean(0)
+        world = stored.affine[:3, :3] @ voxel + stored.affine[:3, 3]
+        volume = inside.sum() * 2.0 * 1.5 * 4.0
+        values = [f"{volume:.1f}", *(f"{x:.1f}" for x in world), ", ".join(f"{v:.1f}" for v in voxel)]
+        expected.append([*values, f"{likely[inside].mean():.2f}", f"{likely[inside].max():.2f}", "–"])
+    expected.sort(key=lambda row: -float(row[0]))
+    rows = [row for row in Elements(page.html).rows if row and row[0].isdigit()]
+    assert [row[1:] for row in rows] == expected
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert "turned by" in Elements(page.html).text
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
+def test_true_missed_and_false_lesions_are_those_of_evaluate(protocol):
+    prediction, reference = masks()
+    reference[15:18, 20:23, 4:7] = True  # around the prediction's lesion of one voxel
+    found = list_lesions(scan(prediction, reference), protocol)
+    numbers = evaluate_case(prediction, reference, (2, 1.5, 4), protocol)
+    status = [lesion.status for lesion in found]
+    assert status.count("missed") == numbers.reference_lesions - numbers.detected_lesions
+    assert status.count("reference") == numbers.detected_lesions
+    assert status.count("false") == numbers.false_lesions
+    assert status.count("hit") == numbers.predicted_lesions - numbers.false_lesions
+    assert len(status) == numbers.predicted_lesions + numbers.reference_lesions + status.count("uncounted")
+
+
+def test_lesions_below_the_protocols_minimum_are_listed_and_not_counted():
+    prediction, reference = masks()
+    found = list_lesions(scan(prediction, reference, np.eye(4)), PROTOCOLS["msseg2016"])
+    assert {lesion.id: lesion.status for lesion in found}["3"] == "uncounted"  # of 1 mm³
+
+
+def test_outlines_enclose_the_voxels_and_leave_holes_open():
+    mask = np.zeros((9, 9), bool)
+    mask[2:7, 1:6] = True
+    mask[4, 3] = False
+    mask[0, 8] = True
+    areas = []
+    for line in edges(*np.nonzero(mask)):
+        assert np.array_equal(line[0], line[-1])
+        x, y = line.T
+        areas.append(abs((x[:-1] * y[1:] - x[1:] * y[:-1]).sum()) / 2)
+    corner = 4 * 0.25**2 / 2
+    np.testing.assert_allclose(sorted(areas), [1 - corner, 1 - corner, 25 - corner])
+
+
+def test_pictures_have_true_proportions_and_the_patients_right_on_the_left():
+    prediction = np.zeros(SHAPE, bool)
+    prediction[24:26, 30:34, 15:17] = True  # right, anterior and superior
+    view = scan(prediction)
+    frame = Frame(np.array([(0, n) for n in SHAPE]), view.spacing, 100.0)
+    size = {"axial": (60, 60), "coronal": (60, 80), "sagittal": (60, 80)}
+    box = {"axial": (8, 12, 9, 15), "coronal": (8, 12, 12, 20), "sagittal": (9, 15, 12, 20)}
+    for mosaic in draw_mosaics(view, list_lesions(view, PROTOCOLS["custom"]), frame):
+        picture = mosaic.pictures[0]
+        assert (picture.width, picture.height) == size[mosaic.plane.name]
+        points = np.array([part.split(",") for part in re.findall(r"[\d.]+,[\d.]+", picture.outlines[0].path)], float)
+        left, top, right, bottom = *points.min(0), *points.max(0)
+        assert (left, right, top, bottom) == box[mosaic.plane.name]
+    assert [plane.letters for plane in PLANES] == [tuple("RLAP"), tuple("RLSI"), tuple("APSI")]
+
+
+def test_a_picture_shows_the_slice_that_it_names():
+    prediction = np.zeros(SHAPE, bool)
+    prediction[10:12, 10:12, 7] = True
+    view = scan(prediction, affine=nib.affines.from_matvec(np.diag([2.0, 1.5, 4.0]), [0, 0, -40]))
+    bright = np.zeros(SHAPE, np.float32)
+    bright[:, :, 7] = 100
+    view.images["FLAIR"] = bright
+    frame = Frame(np.array([(0, n) for n in SHAPE]), view.spacing, 100.0)
+    (picture,) = draw_mosaics(view, list_lesions(view, PROTOCOLS["custom"]), frame)[0].pictures
+    assert picture.title == "z = −12 mm"
+    assert picture.alt == "Axial slice at z = −12 mm, with lesion 1"
+    assert pixels(picture.image).mean() > 250
+
+
+def pixels(uri):
+    import base64
+    import io
+
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+
+
+def test_few_slices_show_every_lesion_and_never_more_than_the_limit():
+    rng = np.random.default_rng(0)
+    lesions = [rng.integers(0, 60, (1, 3)) + np.argwhere(np.ones((3, 3, n))) for n in rng.integers(1, 6, 20)]
+    chosen = choose_slices(lesions, 2)
+    assert chosen == sorted(chosen, reverse=True)
+    assert len(chosen) < 16
+    assert all(np.isin(voxels[:, 2], chosen).any() for voxels in lesions)
+    apart = [np.array([[0, 0, 2 * n]]) for n in range(2 * MOST_SLICES)]
+    assert len(choose_slices(apart, 2)) == MOST_SLICES
+
+
+def test_lesions_without_a_slice_are_named():
+    prediction = np.zeros((30, 40, 70), bool)
+    prediction[15, 20, ::2] = True
+    page = make_page(scan(prediction), PROTOCOLS["custom"])
+    assert f"{35 - MOST_SLICES} of 35 lesions lie in none of these axial slices" in Elements(page.html).text
+
+
+def test_every_picture_says_what_it_shows_to_those_who_cannot_see_it(report):
+    for path in report.iterdir():
+        page = read(path)
+        assert page.all("html")[0]["lang"] == "en"
+        hidden = [attrs for attrs in page.all("svg") if attrs.get("aria-hidden") != "true"]
+        assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 8 for attrs in hidden)
+        assert all(attrs["scope"] in ("col", "row") for attrs in page.all("th"))
+
+
+def test_a_page_without_lesions_reference_or_flair_reads_well():
+    empty = np.zeros(SHAPE, bool)
+    one = empty.copy()
+    one[10:12, 10:12, 7] = True
+    text = Elements(make_page(scan(empty), PROTOCOLS["custom"]).html).text
+    assert "The predicted mask is empty. The slices run through the middle of the head." in text
+    assert "0 predicted lesions" in text
+    for prediction, reference, words in (
+        (one, None, "1 predicted lesion "),
+        (empty, one, "0 of 1 reference lesions found"),
+        (one, empty, "1 false lesion "),
+        (empty, empty, "Dice with the reference"),
+    ):
+        page = Elements(make_page(scan(prediction, reference), PROTOCOLS["custom"]).html)
+        assert words in page.text
+        assert "nan" not in page.text
+        assert ("true positive" in page.text) == bool(prediction.any() and reference is not None and reference.any())
+
+
+def test_the_first_contrast_is_shown_where_there_is_no_flair(cohort, phantoms):
+    mask = cohort.pred / "sub-001_label-lesion_mask.nii.gz"
+    images = {name: phantoms.image_path(cohort.data, "sub-001", name) for name in ("T1w", "T2w")}
+    read_one = read_scan(Case("a", images), ["T1w", "T2w"], mask)
+    assert read_one.contrast == "T1w"
+    assert read_one.notes == ("There is no FLAIR image: T1w is shown.",)
+
+
+def test_an_image_on_another_grid_is_brought_to_that_of_the_mask(tmp_path, phantoms):
+    images, lesions = phantoms.make_subject(0)
+    phantoms.save(tmp_path / "FLAIR.nii.gz", images["FLAIR"])
+    coarse = np.diag([2.0, 2.0, 2.0, 1.0])
+    phantoms.save(tmp_path / "a_mask.nii.gz", lesions[::2, ::2, ::2], coarse, np.uint8)
+    seen = read_scan(Case("a", {"FLAIR": tmp_path / "FLAIR.nii.gz"}), ["FLAIR"], tmp_path / "a_mask.nii.gz")
+    np.testing.assert_allclose(seen.image, images["FLAIR"][::2, ::2, ::2].astype(np.float32), rtol=1e-5, atol=0.01)
+    assert seen.notes == ("FLAIR is shown on the grid of the mask, by the headers.",)
+
+
+def test_a_reference_on_another_grid_is_a_bad_case(tmp_path, phantoms, cohort):
+    mask = cohort.pred / "sub-001_label-lesion_mask.nii.gz"
+    reference = phantoms.save(tmp_path / "r.nii.gz", np.ones((8, 8, 8)), dtype=np.uint8)
+    case = Case("a", {"FLAIR": phantoms.image_path(cohort.data, "sub-001")}, reference)
+    with pytest.raises(ValueError, match=r"different grids: bring one to the other's\.$"):
+        read_scan(case, ["FLAIR"], mask)
+
+
+def test_a_bad_case_does_not_stop_the_others_and_is_named(cohort, rsanet, tmp_path):
+    pred = shutil.copytree(cohort.pred, tmp_path / "pred")
+    (pred / "sub-002_label-lesion_mask.nii.gz").write_bytes(b"nonsense")
+    out = tmp_path / "out"
+    code, words, err = rsanet("report", out, "--data", cohort.data, "--pred", pred)
+    assert code == 1
+    assert err == f"rsanet: 1 of 3 cases has no page: sub-002. The others are in {out / 'index.html'}.\n"
+    assert "2/3  sub-002: no page: " in words
+    assert sorted(path.name for path in out.iterdir()) == ["index.html", "sub-001.html", "sub-003.html"]
+    assert f"{pred / 'sub-002_label-lesion_mask.nii.gz'} cannot be read" in read(out / "index.html").text
+
+
+def test_where_every_case_is_bad_nothing_is_written(cohort, rsanet, tmp_path):
+    (tmp_path / "pred").mkdir()
+    (tmp_path / "pred" / "sub-001_label-lesion_mask.nii.gz").write_bytes(b"nonsense")
+    code, _, err = rsanet("report", tmp_path / "out", "--data", cohort.data, "--pred", tmp_path / "pred")
+    assert code == 1
+    assert err.startswith("rsanet: No case has a page: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pages_are_kept_unless_overwrite_is_given(cohort, rsanet, tmp_path):
+    (tmp_path / "sub-002.html").write_text("precious")
+    options = ["report", tmp_path, "--data", cohort.data, "--pred", cohort.pred, "--subjects", "sub-002"]
+    code, _, err = rsanet(*options)
+    assert code == 1
+    assert err == f"rsanet: {tmp_path} already has sub-002.html: give another folder, or --overwrite to replace them.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["sub-002.html"]
+    assert rsanet(*options, "--overwrite")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "sub-002.html"]
+    assert "precious" not in (tmp_path / "sub-002.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.jpeg", "report.nii.gz"])
+def test_a_name_that_is_neither_a_folder_nor_a_picture_is_refused(name, cohort, rsanet, tmp_path):
+    code, _, err = rsanet("report", tmp_path / name, "--data", cohort.data, "--pred", cohort.pred)
+    assert code == 1
+    assert err.startswith(f"rsanet: {tmp_path / name} is neither a picture nor a folder: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_case_named_index_does_not_take_the_cohorts_page(cohort, tmp_path):
+    image = cohort.data / "sub-001" / "anat" / "sub-001_FLAIR.nii.gz"
+    (tmp_path / "list.csv").write_text(f"id,FLAIR\nindex,{image}\n")
+    (tmp_path / "pred").mkdir()
+    shutil.copy(cohort.pred / "sub-001_label-lesion_mask.nii.gz", tmp_path / "pred" / "index_mask.nii.gz")
+    written = write_report(tmp_path / "out", tmp_path / "list.csv", tmp_path / "pred")
+    assert written.pages["index"].name == "case-index.html"
+    assert "./case-index.html" in written.index.read_text()
+
+
+def test_how_a_mask_was_made_is_said_by_its_json_or_else_by_the_table(cohort, tmp_path):
+    pred = shutil.copytree(cohort.pred, tmp_path / "pred")
+    sidecar = {"Models": [{"Path": "run/model.safetensors", "SHA256": "abc"}], "Threshold": 0.5, "MirrorImages": True,
+               "Window": [[48, 48, 48]], "VoxelSize": [1.0, 1.0, 1.0], "Versions": {"torch": "2.13.0"}}  # fmt: skip
+    (pred / "sub-001_label-lesion_mask.json").write_text(json.dumps(sidecar))
+    (pred / "sub-002_label-lesion_mask.json").write_text("{")
+    (pred / "predictions.csv").write_text(
+        "case,mask,lesions,load_mm3,seconds,backend,window,made_by\nsub-002,m,1,2,3.5,cpp,64×64×64,a model\n"
+    )
+    out = tmp_path / "out"
+    write_report(out, cohort.data, pred)
+    text = read(out / "sub-001.html").text
+    for words in ("Path run/model.safetensors, SHA256 abc", "48, 48, 48", "Mirror images averaged yes", "torch 2.13.0"):
+        assert words in text
+    text = read(out / "sub-002.html").text
+    assert "a model" in text
+    assert "64×64×64" in text
+    assert "sub-002_label-lesion_mask.json beside the mask cannot be read." in text
+
+
+def test_the_index_has_the_scores_of_evaluate_and_dashes_without_a_reference(report, cohort, phantoms):
+    rows = {row[1]: row for row in read(report / "index.html").rows if len(row) > 5}
+    for name in ("sub-001", "sub-002"):
+        pair = [np.asarray(nib.load(path).dataobj) for path in
+                (cohort.pred / f"{name}_label-lesion_mask.nii.gz", phantoms.mask_path(cohort.data, name))]  # fmt: skip
+        numbers = evaluate_case(*pair, (1, 1, 1))
+        assert rows[name][2:] == [
+            str(numbers.predicted_lesions),
+            *(f"{load / 1000:.2f}" for load in (numbers.predicted_mm3, numbers.reference_mm3)),
+            f"{numbers.dice:.3f}", str(numbers.detected_lesions), str(numbers.reference_lesions),
+            str(numbers.false_lesions), f"{numbers.lesion_f1:.3f}",
+        ]  # fmt: skip
+    assert rows["sub-003"][4:] == ["–"] * 6
+
+
+def test_attention_maps_are_drawn_and_a_model_that_does_not_fit_costs_a_remark(cohort, tmp_path):
+    torch.manual_seed(0)
+    network = RSANet(3, 2, channels=(8, 16), dropout=0.0).eval()
+    fits = Segmenter(network, ("FLAIR", "T1w", "T2w"), (16, 16, 16), None, CPU, FP32)
+    write_report(tmp_path / "one", cohort.data, cohort.pred, fits, subjects=["sub-001"])
+    page = read(tmp_path / "one" / "sub-001.html")
+    labels = [attrs["aria-label"] for attrs in page.all("svg") if "attention map" in attrs.get("aria-label", "")]
+    assert [label.split()[0] for label in labels] == ["coronal", "sagittal", "axial"]
+    assert "A map shows how information flows, not where lesions are." in page.text
+    other = Segmenter(network, ("FLAIR", "T1w", "PDw"), (16, 16, 16), None, CPU, FP32)
+    write_report(tmp_path / "two", cohort.data, cohort.pred, other, subjects=["sub-001"])
+    assert "No attention maps: sub-001 has no PDw." in read(tmp_path / "two" / "sub-001.html").text
+
+
+def test_the_sentence_on_a_map_says_what_the_map_shows():
+    diagonal = draw_attention("axial", 0.9 * np.eye(10) + 0.01)
+    assert diagonal.words.startswith("A slice gives 93 % of its attention to itself and its neighbours, where looking "
+                                     "everywhere alike would give 28 %")  # fmt: skip
+    column = np.full((10, 10), 0.05)
+    column[:, 3] = 0.55
+    assert "slice 3 is looked at most, 5.50 times as much" in draw_attention("coronal", column).words
+    drawn = pixels(draw_attention("axial", np.eye(4)[::-1]).image).sum(-1)
+    assert drawn.argmax(1).tolist() == [0, 1, 2, 3]  # slice 0, which looks at slice 3, is the lowest row
+
+
+def test_histogram_counts_each_lesion_once_and_a_bound_in_the_class_above():
+    bars = histogram([("hit", 10.0), ("hit", 9.99), ("false", 30.0 * (1 - 1e-12)), ("hit", 5000)], ["hit", "false"])
+    assert [bar.total for bar in bars] == [1, 1, 1, 0, 0, 0, 1]
+    assert bars[2].parts == (("hit", 0), ("false", 1))
+
+
+def test_loads_lie_on_their_scale():
+    loads = spread_loads([("a", 0.0), ("b", 5.0), ("c", 5.01), ("d", 9.2)])
+    assert [(dot.name, dot.row) for dot in loads.dots] == [("a", 0), ("b", 0), ("c", 1), ("d", 0)]
+    assert loads.ticks[0] == ("0", 0.0)
+    assert loads.ticks[-1] == ("10", 1.0)
+    assert abs(loads.dots[1].place - 0.5) < 0.01
+    assert spread_loads([("a", 0.0)]).ticks == [("0", 0.0), ("1", 1.0)]
+    assert [nice_step(x) for x in (0.3, 1, 1.1, 4.9, 7)] == [0.5, 1, 2, 5, 10]
