@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rsanet.commands.common import DEFAULTS, Device, Roi
+from rsanet.commands.common import DEFAULTS, Device, Layout, ProtocolName, Raters, Roi
 from rsanet.segment.words import counted
 
 
@@ -18,7 +18,9 @@ def report(
         list[str] | None,
         typer.Option(help="Which subjects; by default all in HTML, and the first three in a picture."),
     ] = None,
-    protocol: Annotated[str, typer.Option(help="As in evaluate.")] = "custom",
+    protocol: ProtocolName = "custom",
+    layout: Layout = "auto",
+    raters: Raters = None,
     roi: Roi = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pages or a picture that exist.")] = False,
     device: Device = DEFAULTS.device,
@@ -33,8 +35,9 @@ def report(
         files.check_new(out, overwrite=overwrite)
     chosen = metrics.choose_protocol(protocol)
     segmenter = Segmenter.load(model, roi=roi, device=device) if model else None
+    shown = {"subjects": subjects or (), "protocol": chosen, "layout": layout, "raters": raters}
     if picture:
-        draw_cohort(out, data, pred, segmenter, subjects=subjects or (), protocol=chosen)
+        draw_cohort(out, data, pred, segmenter, **shown)
         typer.echo(f"The picture is {out}.")
         return
 
@@ -43,9 +46,7 @@ def report(
     def progress(number: int, total: int, name: str, words: str) -> None:
         typer.echo(f"{number}/{total}  {name}: {words}")
 
-    written = write_report(
-        out, data, pred, segmenter, subjects=subjects or (), protocol=chosen, overwrite=overwrite, progress=progress
-    )
+    written = write_report(out, data, pred, segmenter, overwrite=overwrite, progress=progress, **shown)
     if written.failures:
         total = counted(len(written.failures) + len(written.pages), "case")
         have = "has" if len(written.failures) == 1 else "have"

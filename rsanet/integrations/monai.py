@@ -12,10 +12,10 @@ from monai.inferers import Inferer
 from monai.transforms import Transform
 from torch import Tensor, nn
 
+from rsanet.segment.cases import Case
 from rsanet.segment.data import LoadCase
 from rsanet.segment.datasets import list_cases
 from rsanet.segment.environment import pick_precision
-from rsanet.segment.layouts import Case
 from rsanet.segment.prediction import Options, lesion_mask, name_images
 from rsanet.segment.recipe import triple
 from rsanet.segment.segmenter import lesion_probability

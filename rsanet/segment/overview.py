@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from rsanet.segment.datasets import Case, is_simulated, list_cases
-from rsanet.segment.evaluation import find_masks
 from rsanet.segment.metrics import PROTOCOLS, Protocol
+from rsanet.segment.pairs import find_masks
 from rsanet.segment.report import View, draw_report
 from rsanet.segment.segmenter import Segmenter
 
@@ -54,6 +54,8 @@ def draw_cohort(
     *,
     subjects: Sequence[str] = (),
     protocol: Protocol = PROTOCOLS["custom"],
+    layout: str = "auto",
+    raters: str | None = None,
 ) -> Path:
     """Draws subjects of a cohort, a row each, and the attention maps of the first.
 
@@ -64,8 +66,10 @@ def draw_cohort(
         model: whose attention to draw, in the window around the largest lesion; None draws no maps.
         subjects: which subjects; by default the first three that have a prediction.
         protocol: how lesions are counted.
+        layout: how the cohort lies on disk; see `rsanet.segment.layouts.read_cases`.
+        raters: whose masks are the reference; see `rsanet.segment.datasets.list_cases`.
     """
-    cases, contrasts = list_cases(data)
+    cases, contrasts = list_cases(data, layout=layout, raters=raters)
     if not Path(predictions).is_dir():
         raise FileNotFoundError(f"{predictions} is not a folder: give the folder that predict wrote.")
     predicted = find_masks(predictions)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from rsanet.segment.cases import Case
 from rsanet.segment.data import LoadCase, NormalizeForeground, foreground, preprocessing
 from rsanet.segment.datasets import find_cases
-from rsanet.segment.layouts import Case
 
 
 def normalized(image):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rsanet.segment import datasets
+from rsanet.segment.cases import Case
 from rsanet.segment.datasets import find_cases, is_simulated, list_cases, read_split
-from rsanet.segment.layouts import Case
 
 
 def test_a_cohort_is_read_with_its_contrasts_in_channel_order(cohort, phantoms):

@@ -15,6 +15,7 @@ from scipy import ndimage
 from segment.bright import CPU, FP32
 
 from rsanet import RSANet
+from rsanet.segment.cases import Case
 from rsanet.segment.html.charts import draw_attention, histogram, nice_step, spread_loads
 from rsanet.segment.html.cohort import write_report
 from rsanet.segment.html.lesions import list_lesions
@@ -22,7 +23,6 @@ from rsanet.segment.html.mosaics import MOST_SLICES, choose_slices, draw_mosaics
 from rsanet.segment.html.page import RESEARCH, SIMULATED, make_page
 from rsanet.segment.html.pictures import PLANES, Frame, edges
 from rsanet.segment.html.scan import Scan, read_scan
-from rsanet.segment.layouts import Case
 from rsanet.segment.metrics import PROTOCOLS, evaluate_case
 from rsanet.segment.segmenter import Segmenter
 
@@ -495,3 +495,30 @@ def test_loads_lie_on_their_scale():
     assert abs(loads.dots[1].place - 0.5) < 0.01
     assert spread_loads([("a", 0.0)]).ticks == [("0", 0.0), ("1", 1.0)]
     assert [nice_step(x) for x in (0.3, 1, 1.1, 4.9, 7)] == [0.5, 1, 2, 5, 10]
+
+
+def test_raters_and_other_pathology_are_said_and_not_counted(tmp_path, phantoms):
+    images, lesions = phantoms.make_subject(1)
+    labels = lesions.astype(np.uint8)
+    labels[:4] = 2
+    case = tmp_path / "wmh" / "Utrecht" / "0"
+    for name in ("FLAIR", "T1"):
+        phantoms.save(case / "pre" / f"{name}.nii.gz", images[{"T1": "T1w"}.get(name, name)])
+    phantoms.save(case / "wmh.nii.gz", labels, dtype=np.uint8)
+    predicted = lesions.copy()
+    predicted[:2, :2, :2] = True  # 8 voxels of other pathology
+    phantoms.save(tmp_path / "masks" / "Utrecht_0_label-lesion_mask.nii.gz", predicted, dtype=np.uint8)
+    report = write_report(tmp_path / "pages", tmp_path / "wmh", tmp_path / "masks", layout="wmh2017")
+    (page,) = report.pages.values()
+    assert "8 predicted voxels of other pathology: not shown, and neither right nor wrong." in read(page).text
+    assert "1.00 Dice" in read(page).text
+
+    several = tmp_path / "raters"
+    phantoms.write_subject(several, "sub-001", 1, mask=False)
+    for rater, mask in (("a", lesions), ("b", lesions & False)):
+        name = f"sub-001_desc-{rater}_label-lesion_mask.nii.gz"
+        phantoms.save(several / "derivatives" / f"rater-{rater}" / "sub-001" / "anat" / name, mask, dtype=np.uint8)
+    phantoms.save(tmp_path / "again" / "sub-001_label-lesion_mask.nii.gz", lesions, dtype=np.uint8)
+    report = write_report(tmp_path / "union", several, tmp_path / "again", raters="union")
+    for file in (report.index, *report.pages.values()):
+        assert "Reference: union of" in read(file).text

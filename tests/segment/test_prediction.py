@@ -17,7 +17,7 @@ from rsanet.segment import prediction
 from rsanet.segment import segmenter as segmenters
 from rsanet.segment.datasets import Case
 from rsanet.segment.ensemble import Ensemble
-from rsanet.segment.evaluation import find_masks
+from rsanet.segment.pairs import find_masks
 from rsanet.segment.prediction import Options, lesion_mask, name_images, predict, predict_case
 from rsanet.segment.report import draw_overlay
 from rsanet.segment.segmenter import Segmenter, lesion_probability

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from rsanet.segment.layouts import Case
+from rsanet.segment.cases import Case
 from rsanet.segment.recipe import Recipe
 from rsanet.segment.splits import divide_cases
 

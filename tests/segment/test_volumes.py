@@ -7,8 +7,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from rsanet.segment.cases import Case
 from rsanet.segment.data import LoadCase
-from rsanet.segment.layouts import Case
 from rsanet.segment.volumes import DataWarning, check_views, read_image, read_mask, read_volume, same_grid, share_inside
 
 MIDDLE = (13, 15, 12)  # of the phantoms' head

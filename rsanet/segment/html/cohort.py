@@ -13,14 +13,15 @@ import numpy as np
 
 from rsanet.segment import files
 from rsanet.segment.cohort import TABLE as PREDICTIONS
-from rsanet.segment.datasets import Case, is_simulated, list_cases
-from rsanet.segment.evaluation import FEW, Evaluation, find_masks
+from rsanet.segment.datasets import Case, is_simulated, list_cases, reference_words
+from rsanet.segment.evaluation import FEW, Evaluation
 from rsanet.segment.html.charts import histogram, spread_loads
 from rsanet.segment.html.lesions import STATUS
 from rsanet.segment.html.page import Page, make_page, page_file, render
 from rsanet.segment.html.scan import Scan, read_scan
 from rsanet.segment.metrics import PROTOCOLS, Protocol
 from rsanet.segment.overview import choose_cases
+from rsanet.segment.pairs import find_masks
 from rsanet.segment.segmenter import Segmenter
 from rsanet.segment.words import counted
 
@@ -61,6 +62,8 @@ def write_report(
     *,
     subjects: Sequence[str] = (),
     protocol: Protocol = PROTOCOLS["custom"],
+    layout: str = "auto",
+    raters: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int, str, str], None] | None = None,
 ) -> Report:
@@ -76,6 +79,8 @@ def write_report(
         model: whose attention to draw, in the window around a case's largest lesion; None draws no maps.
         subjects: which cases; by default all that have a predicted mask.
         protocol: how lesions are counted.
+        layout: how the cohort lies on disk; see `rsanet.segment.layouts.read_cases`.
+        raters: whose masks are the reference; see `rsanet.segment.datasets.list_cases`.
         overwrite: whether pages that exist are replaced.
         progress: called as ``progress(number, cases, name, words)`` after each case.
 
@@ -84,7 +89,7 @@ def write_report(
         OSError: a folder does not exist or cannot be written.
     """
     out = Path(out)
-    cases, contrasts = list_cases(data)
+    cases, contrasts = list_cases(data, layout=layout, raters=raters)
     if not Path(predictions).is_dir():
         raise FileNotFoundError(f"{predictions} is not a folder: give the folder that predict wrote.")
     masks = find_masks(predictions)
@@ -94,6 +99,7 @@ def write_report(
     _check_folder(out, chosen, overwrite=overwrite)
     rows = _read_rows(Path(predictions) / PREDICTIONS)
     simulated = is_simulated(data)
+    whose = [f"Reference: {words}."] if (words := reference_words(cases, raters)) else []
     report = Report(out / INDEX)
     pages: list[Page] = []
     before: Scan | None = None
@@ -110,7 +116,7 @@ def write_report(
                 maps=maps,
                 row=rows.get(case.id),
                 simulated=simulated,
-                remarks=remarks,
+                remarks=[*whose, *remarks],
             )
             out.mkdir(parents=True, exist_ok=True)
             files.write_text(out / page.file, page.html)
@@ -132,7 +138,7 @@ def write_report(
         raise ValueError(f"No case has a page: {next(iter(report.failures.values()))}")
     left_out = [case.id for case in cases if case.id not in masks]
     title = f"Lesion segmentation of {Path(data).name or data}"
-    files.write_text(report.index, make_index(pages, report.failures, protocol, title, simulated, left_out))
+    files.write_text(report.index, make_index(pages, report.failures, protocol, title, simulated, left_out, whose))
     return report
 
 
@@ -191,6 +197,7 @@ def make_index(
     title: str,
     simulated: bool,
     left_out: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> str:
     """The cohort's page.
 
@@ -201,18 +208,19 @@ def make_index(
         title: of the page.
         simulated: whether to say that the data are simulated.
         left_out: cases of the cohort that have no predicted mask.
+        remarks: further sentences on the cohort.
     """
     measured = [page.metrics for page in pages if page.metrics]
     lesions = [lesion for page in pages for lesion in page.lesions]
     present = {lesion.status for lesion in lesions}
-    remarks = [f"{counted(len(left_out), 'case')} of the cohort without a predicted mask."] if left_out else []
+    without = [f"{counted(len(left_out), 'case')} of the cohort without a predicted mask."] if left_out else []
     return render(
         "index.html",
         pages=pages,
         failures=failures,
         title=title,
         simulated=simulated,
-        remarks=remarks,
+        remarks=[*remarks, *without],
         layers=[(key, words, 0) for key, words in STATUS.items() if key in present],
         loads=spread_loads([(page.name, page.load_mm3 / 1000) for page in pages]),
         bars=histogram([(one.status, one.volume_mm3) for one in lesions if one.status != "reference"], list(STATUS)),

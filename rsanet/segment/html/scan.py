@@ -9,9 +9,20 @@ import nibabel
 import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
 
-from rsanet.segment.layouts import Case, read_json
-from rsanet.segment.volumes import Volume, check_views, read_image, read_mask, read_volume, same_grid, stem
-from rsanet.segment.words import sizes
+from rsanet.segment.cases import Case
+from rsanet.segment.lists import read_json
+from rsanet.segment.raters import ignored_voxels
+from rsanet.segment.volumes import (
+    MaskSource,
+    Volume,
+    check_views,
+    read_image,
+    read_mask,
+    read_volume,
+    same_grid,
+    stem,
+)
+from rsanet.segment.words import counted, sizes
 
 Array = np.ndarray
 
@@ -99,7 +110,13 @@ def read_scan(case: Case, contrasts: Sequence[str], mask: Path) -> Scan:
     for name in dict.fromkeys((shown, *(["T1w"] if "T1w" in case.images else []))):
         images[name], note = _image_on(grid, mask, case.pick([name])[name], name)
         notes += note
-    reference = _mask_on(grid, mask, case.pick_mask())
+    prediction = np.asarray(grid.dataobj) > 0
+    reference, uncounted = _reference_on(grid, mask, case.pick_mask())
+    if uncounted is not None and (left_out := np.count_nonzero(prediction & uncounted)):
+        prediction &= ~uncounted
+        notes.append(
+            f"{counted(left_out, 'predicted voxel')} of other pathology: not shown, and neither right nor wrong."
+        )
     probability = _probability_on(grid, mask)
     if (angle := _obliqueness(grid.affine)) > STRAIGHT:
         notes.append(f"The slices follow the scan, which is turned by {angle:.0f}° from the axes of the scanner.")
@@ -107,7 +124,7 @@ def read_scan(case: Case, contrasts: Sequence[str], mask: Path) -> Scan:
         case.id,
         shown,
         images,
-        np.asarray(grid.dataobj) > 0,
+        prediction,
         reference,
         probability,
         grid.affine,
@@ -138,9 +155,12 @@ def _image_on(grid: nibabel.Nifti1Image, mask: Volume, path: Volume, name: str) 
     return np.asarray(resampled.dataobj, np.float32), [f"{name} is shown on the grid of the mask, by the headers."]
 
 
-def _mask_on(grid: nibabel.Nifti1Image, mask: Volume, path: Path | None) -> Array | None:
+def _reference_on(
+    grid: nibabel.Nifti1Image, mask: Volume, path: Path | MaskSource | None
+) -> tuple[Array | None, Array | None]:
+    """The reference, and where it says neither lesion nor none."""
     if path is None:
-        return None
+        return None, None
     voxels, file = read_mask(path)
     reference = _canonical(voxels, file.affine)
     if not same_grid(reference, grid):
@@ -148,7 +168,9 @@ def _mask_on(grid: nibabel.Nifti1Image, mask: Volume, path: Path | None) -> Arra
             f"{mask} ({sizes(grid.shape)}) and the reference {path} ({sizes(reference.shape)}) are on different "
             "grids: bring one to the other's."
         )
-    return np.asarray(reference.dataobj) > 0
+    ignored = ignored_voxels(path)
+    uncounted = None if ignored is None else np.asarray(_canonical(ignored, file.affine).dataobj) > 0
+    return np.asarray(reference.dataobj) > 0, uncounted
 
 
 def _probability_on(grid: nibabel.Nifti1Image, mask: Path) -> Array | None:
