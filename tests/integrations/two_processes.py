@@ -66,8 +66,8 @@ def replicated(rank, _):
 def sharded(rank, folder):
     mesh = init_device_mesh("cpu", (WORLD,))
     model = prepare_for_sharding(network())
-    fully_shard(model[0].rsa_block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for module in (model[0].rsa_block, model[0], model):
+        fully_shard(module, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     loss(model, part(rank)).backward()
     found = {"gradients": gradients(model)}

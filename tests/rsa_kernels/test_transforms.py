@@ -168,7 +168,8 @@ def test_per_sample_gradients_of_the_core_are_a_loop(backend):
 
 @each_backend
 def test_jacobians_by_reverse_mode_are_those_of_the_equations(backend):
-    shape, numbers = (1, 2, 2, 2, 1), (0, 1, 7)
+    # Each entry of a jacobian for the weights is a call of its own.
+    shape, numbers = (1, 2, 2, 2, 1), (0,) if INTERPRETED else (0, 1, 7)
     tensors = [random_volume(shape), *random_block(2)]
     results, truths = (jacrev(function, numbers)(*tensors) for function in (attend(backend), equations))
     for one, other in zip(results, truths, strict=True):
