@@ -14,7 +14,8 @@ SHIMS = Path(__file__).parent / "shims"
 DATASET = "Dataset501_Lesions"
 STEPS = 12
 
-# nnU-Net's own commands and trainers, but they need no GPU and few processes, and a training has one short epoch.
+# nnU-Net's own commands and trainers, but they need no GPU and few processes, and a training is one short epoch that is
+# the same every time.
 PLAN = """\
 #!{python}
 import sys
@@ -26,7 +27,8 @@ if __name__ == "__main__":
 """
 TRAIN = """\
 #!{python}
-import os, sys
+import os, random, sys
+import numpy, torch
 from nnunetv2.run.run_training import run_training_entry
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -37,7 +39,9 @@ def briefly(self):
     whole(self)
 
 nnUNetTrainer.run_training = briefly
-os.environ["nnUNet_n_proc_DA"] = "0"
+for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+    seed(0)
+os.environ["nnUNet_n_proc_DA"] = "0"  # what is augmented in this process follows the seeds
 sys.argv += ["-device", "cpu"]
 if __name__ == "__main__":
     run_training_entry()

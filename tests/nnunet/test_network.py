@@ -15,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rsanet import RSANet
 from rsanet.attention import WithRSA
 from rsanet.integrations.nnunet.network import build_network
-from rsanet.integrations.nnunet.plans import with_rsa
+from rsanet.integrations.nnunet.plans import seen_by_blocks, with_rsa
 from rsanet.integrations.nnunet.trainers.rsanet_trainers import nnUNetTrainerRSANet, nnUNetTrainerRSANetPublished
 
 
@@ -97,6 +97,17 @@ def test_plans_with_rsa_give_any_trainer_the_chosen_blocks(trainer):
     network = build(trainer, with_rsa(architecture(), stages=[0, -1], scale=0.01))
     assert [isinstance(stage, WithRSA) for stage in network.encoder.stages] == [True, False, False, True]
     assert [network.encoder.stages[stage].rsa_block.scale for stage in (0, 3)] == [0.01, 0.01]
+
+
+@pytest.mark.parametrize("patch_size", [(8, 16, 16), (7, 20, 13)])
+def test_blocks_see_the_sizes_that_plans_announce(patch_size):
+    chosen = with_rsa(architecture(), stages=[0, 1, 2, 3])
+    network = build(nnUNetTrainer, chosen)
+    seen = []
+    for stage in network.encoder.stages:
+        stage.rsa_block.register_forward_pre_hook(lambda block, inputs: seen.append(tuple(inputs[0].shape[1:])))
+    network.encoder(torch.zeros(1, 2, *patch_size))
+    assert [(block.channels, *block.size) for block in seen_by_blocks(chosen, patch_size)] == seen
 
 
 def test_deep_supervision_is_that_of_nnunet(patch):

@@ -116,6 +116,23 @@ def with_rsa(architecture: Mapping[str, Any], stages: Sequence[int] = STAGES, sc
     return {**architecture, "network_class_name": NETWORK, "arch_kwargs": {**arguments, **options}}
 
 
+def seen_by_blocks(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> list[Attended]:
+    """What the blocks of an architecture see of a patch.
+
+    Args:
+        architecture: one with RSA blocks.
+        patch_size: voxels of a patch along each axis.
+    """
+    arguments = architecture["arch_kwargs"]
+    sizes = [tuple(patch_size)]
+    for strides in arguments["strides"]:
+        sizes.append(tuple(math.ceil(size / stride) for size, stride in zip(sizes[-1], strides, strict=True)))
+    return [
+        Attended(stage, arguments["n_stages"], arguments["features_per_stage"][stage], sizes[stage + 1])
+        for stage in arguments["rsa_stages"]
+    ]
+
+
 def write_plans(
     dataset: str,
     plans: str = "nnUNetPlans",
@@ -157,7 +174,7 @@ def write_plans(
         kept[name] = dict(configuration)
         if "architecture" in configuration:
             kept[name]["architecture"] = with_rsa(configuration["architecture"], stages, scale)
-            attended[name] = _attended(kept[name]["architecture"], whole["patch_size"])
+            attended[name] = seen_by_blocks(kept[name]["architecture"], whole["patch_size"])
     if not attended:
         names = ", ".join(content["configurations"])
         raise ValueError(
@@ -233,15 +250,3 @@ def _inherit(configurations: Mapping[str, Any], name: str, path: Path) -> dict[s
             "nnUNetv2_plan_experiment again."
         )
     return whole
-
-
-def _attended(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> list[Attended]:
-    """What the blocks of an architecture see of a patch."""
-    arguments = architecture["arch_kwargs"]
-    sizes = [tuple(patch_size)]
-    for strides in arguments["strides"]:
-        sizes.append(tuple(math.ceil(size / stride) for size, stride in zip(sizes[-1], strides, strict=True)))
-    return [
-        Attended(stage, arguments["n_stages"], arguments["features_per_stage"][stage], sizes[stage + 1])
-        for stage in arguments["rsa_stages"]
-    ]
