@@ -203,8 +203,6 @@ def _write_onnx(program: ExportedProgram, described: Described, path: Path) -> N
         output_names=["logits"],
         dynamic_shapes=({0: "batch", 2: "depth", 3: "height", 4: "width"},),  # only their names
     )
-    for node in written.model.graph.all_nodes():
-        node.metadata_props.clear()
     written.model.metadata_props[METADATA] = json.dumps(described.words)
     written.save(path, external_data=False)
 
@@ -214,7 +212,7 @@ def _compile(program: ExportedProgram, described: Described, path: Path) -> None
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     except Exception as error:
-        if "compiler" in str(error).lower():
+        if "InvalidCxxCompiler" in f"{type(error).__name__}: {error}":  # its own, or inside that of inductor
             raise ValueError(
                 "AOTInductor needs a C++ compiler, and finds none that works: install g++, or name one in CXX."
             ) from error

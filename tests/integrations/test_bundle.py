@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -63,15 +64,6 @@ def rsanet(capsys):
     return run
 
 
-def monai_bundle(bundle, *args):
-    """The command as a user gives it, in the bundle's folder, with as many threads as this process."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "monai.bundle", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=bundle, env=environment, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def assert_same_masks(found, wanted, cases=("sub-01", "sub-02")):
     names = [f"{case}_label-lesion_mask.nii.gz" for case in cases]
     assert sorted(path.name for path in found.iterdir()) == names
@@ -92,7 +84,11 @@ def test_a_monai_configuration_names_the_network():
 
 
 def test_the_bundle_gives_the_masks_of_predict_voxel_by_voxel(bundle, model, cohort, tmp_path):
-    monai_bundle(bundle, "run", "--config_file", INFERENCE, "--dataset_dir", cohort, "--output_dir", tmp_path / "found")
+    command = re.search(r"^python (-m monai.bundle run .*)$", (bundle / "docs" / "README.md").read_text(), re.MULTILINE)
+    words = command[1].replace("DATA", str(cohort)).replace("masks", str(tmp_path / "found")).split()
+    # As many threads as in this process, which decide the last bits.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *words], check=True, cwd=bundle, env=environment, timeout=240)
     torch.set_num_threads(1)
     predict_cohort(model, cohort, tmp_path / "wanted")
     (tmp_path / "wanted" / "predictions.csv").unlink()
@@ -112,18 +108,17 @@ def test_a_workflow_in_python_takes_what_is_overridden(cohort, tmp_path):
         datalist=[{"image": images}],
         roi_size=24,
         precision="fp32",
-        threshold=0.45,
-        min_lesion_mm3=40.0,
+        threshold=0.6,
+        min_lesion_mm3=20.0,
     )
     workflow.initialize()
     assert workflow.check_properties() == []
     workflow.run()
-    options = {"threshold": 0.45, "min_lesion_mm3": 40.0}
-    wanted = predict(model, images, roi=[24], precision="fp32", **options).mask
-    plain = predict(model, images, precision="fp32").mask
+    asked = {"roi": [24], "precision": "fp32", "threshold": 0.6, "min_lesion_mm3": 20.0}
     found = read_voxels(tmp_path / "found" / "FLAIR_label-lesion_mask.nii.gz")
-    assert np.array_equal(found, wanted)
-    assert not np.array_equal(found, plain)
+    assert np.array_equal(found, predict(model, images, **asked).mask)
+    for name, other in (("roi", [16]), ("threshold", 0.5), ("min_lesion_mm3", 0.0)):
+        assert not np.array_equal(found, predict(model, images, **{**asked, name: other}).mask)
 
 
 def test_monai_verifies_metadata_and_network(bundle, tmp_path):
