@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd
 from torch import Tensor
 
-from rsanet.segment.data import preprocessing
+from rsanet.segment.data import preprocessing, voxel_size
 from rsanet.segment.datasets import Case
 from rsanet.segment.environment import describe_device
 from rsanet.segment.memory import lack_told
@@ -136,7 +136,10 @@ class Ensemble:
                 transform = preprocessing(spacing)
                 volumes[spacing] = transform(Case(case.id, case.images))["image"], transform
         first = case.images[self.contrasts[0]]
-        return Prepared(case, load_grid(first), volumes, time.perf_counter() - started)
+        grid = load_grid(first)
+        for member in self.members:
+            member.check_voxels(first, voxel_size(grid))
+        return Prepared(case, grid, volumes, time.perf_counter() - started)
 
     def windows(self, ready: Prepared) -> list[Window]:
         """The window of each model for a case."""

@@ -19,13 +19,14 @@ IMAGE_IOS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageI
 FORMATS = tuple(IMAGE_IOS)
 SLICES = (".dcm", ".ima")  # of DICOM, whose files need no such end
 
-LONGEST_HEADER = 2**16  # bytes
 MOST_VOXELS = 2**31  # of a volume; a scan has a hundredth of it
 LOOKED_AT = 5  # files of a folder that are looked at for whether it is a series
 
+# Where the voxels are. Libraries differ on where a line of a header begins and the header ends, so these are looked for
+# in all of a file.
 DATA_FILE = {
-    "NrrdImageIO": re.compile(rb"^[ \t]*data ?file[ \t]*:[ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE),
-    "MetaImageIO": re.compile(rb"^[ \t]*ElementDataFile[ \t]*[=:]?[ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE),
+    "NrrdImageIO": re.compile(rb"data\s?file\s*:\s*([^\r\n]*)", re.IGNORECASE),
+    "MetaImageIO": re.compile(rb"ElementDataFile[\s=:]*([^\r\n]*)", re.IGNORECASE),
 }
 DESCRIPTION, POSITION, ORIENTATION = "0008|103e", "0020|0032", "0020|0037"  # tags of DICOM
 
@@ -39,7 +40,10 @@ def is_series(folder: Path) -> bool:
     """Whether a folder holds files of DICOM, by those that come first."""
     if not folder.is_dir():
         return False
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+    try:
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+    except OSError:  # whoever may not look into it cannot mean it
+        return False
     return any(path.name.lower().endswith(SLICES) or _has_magic(path) for path in files[:LOOKED_AT])
 
 
@@ -115,17 +119,12 @@ def _read_file(itk: Any, path: Path) -> Any:
 def _check_data_file(path: Path) -> None:
     """Refuses a header whose voxels are in a file that does not lie beside it."""
     kind = IMAGE_IOS[path.suffix.lower()]
-    with path.open("rb") as file:
-        header = file.read(LONGEST_HEADER)
-    if kind == "NrrdImageIO":
-        header = re.split(rb"\r?\n\r?\n", header, maxsplit=1)[0]
-    named = [name.decode("utf-8", "replace").strip() for name in DATA_FILE[kind].findall(header)]
-    if kind == "MetaImageIO":
-        if not named:
-            raise ValueError(f"{path} cannot be read: its header names no ElementDataFile.")
-        named = named[:1] if named[0].upper() == "LOCAL" else named  # the voxels follow, and may look like anything
-        named = [name for name in named if name.upper() != "LOCAL"]
+    named = [name.decode("utf-8", "replace").strip() for name in DATA_FILE[kind].findall(path.read_bytes())]
+    if kind == "MetaImageIO" and not named:
+        raise ValueError(f"{path} cannot be read: its header names no ElementDataFile.")
     for name in named:
+        if kind == "MetaImageIO" and name.upper() == "LOCAL":
+            continue
         if not name or re.search(r"[/\\:%]|^\.\.?$|^LIST\b", name):
             raise ValueError(
                 f"{path} has its voxels in {name!r} by its header: give a single file beside it, without a folder in "
@@ -143,7 +142,8 @@ def _read_series(itk: Any, folder: Path) -> Any:
     files = {each: reader.GetGDCMSeriesFileNames(str(folder), each) for each in series}
     if len(series) > 1:
         names = [
-            f"{_tags(itk, paths[0]).get(DESCRIPTION) or each}, {len(paths)} files" for each, paths in files.items()
+            f"{_tags(itk, paths[0]).get(DESCRIPTION) or each}, {counted(len(paths), 'file')}"
+            for each, paths in files.items()
         ]
         raise ValueError(
             f"{folder} has several DICOM series ({'; '.join(names)}): put the files of each into a folder of its own."

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,13 @@ from rsanet.segment.processes import own_device
 from rsanet.segment.provenance import digest
 from rsanet.segment.recipe import triple
 from rsanet.segment.runs import MODEL_NAME
+from rsanet.segment.volumes import DataWarning, Volume, name_of
 from rsanet.segment.words import sizes
 
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".bin")  # PyTorch's, which may run code when they are opened
 WINDOWS = 2  # per pass; see below why not one
 NARROW = 20480  # torch takes its slow kernel for a lone volume with up to so many channels × depth × height
+OTHER_VOXELS = 1.5  # times as large or as small as those of the training are told of
 FLIPS = [axes for count in range(4) for axes in itertools.combinations((2, 3, 4), count)]
 
 
@@ -122,6 +125,7 @@ class Segmenter:
         flips: whether the mean over the eight mirror images of each window is taken.
         whole_brain: whether the window is the whole prepared volume where memory allows.
         sha256: of the model file, in hexadecimal.
+        voxel_size: mm along z, y, x of what it was trained on, where its file says so.
     """
 
     network: RSANet
@@ -134,6 +138,7 @@ class Segmenter:
     flips: bool = False
     whole_brain: bool = False
     sha256: str = ""
+    voxel_size: tuple[float, float, float] | None = None
 
     @classmethod
     def load(
@@ -181,6 +186,7 @@ class Segmenter:
             flips,
             whole_brain,
             digest(path),
+            tuple(extra["voxel_size"]) if extra.get("voxel_size") else None,
         )
 
     def backend(self, window: Sequence[int]) -> str:
@@ -207,6 +213,25 @@ class Segmenter:
         """Probability of lesion ``(1, D, H, W)`` of a prepared volume ``(C, D, H, W)``."""
         volumes = image[None]
         return lesion_probability(self.network, volumes, window, self.precision, flips=self.flips, progress=progress)[0]
+
+    def check_voxels(self, image: Volume, size: Sequence[float]) -> None:
+        """Warns where a model that takes images as they are was trained on voxels of quite other sizes.
+
+        Args:
+            image: for its name.
+            size: of its voxels, in mm along z, y and x.
+        """
+        if self.spacing is not None or self.voxel_size is None:
+            return
+        ratios = np.asarray(size) / self.voxel_size
+        if max(ratios.max(), 1 / ratios.min()) > OTHER_VOXELS:
+            here, there = ("×".join(f"{length:.3g}" for length in sizes_) for sizes_ in (size, self.voxel_size))
+            warnings.warn(
+                f"{name_of(image)} has voxels of {here} mm along z, y, x, and {self.name} saw voxels of {there} mm: "
+                "its masks may be poor; a model that is trained with --spacing brings every image to one size.",
+                DataWarning,
+                stacklevel=1,
+            )
 
     def images_of(self, case: Case) -> dict[str, Any]:
         """The images of a case that the model wants, in its order."""
@@ -251,7 +276,7 @@ def model_file(model: str | Path) -> Path:
 
 def check_extra(path: Path, network: RSANet) -> None:
     """Refuses a model file whose words on its use cannot be true."""
-    contrasts, roi, spacing = (network.extra.get(key) for key in ("contrasts", "roi", "spacing"))
+    contrasts, roi, spacing, size = (network.extra.get(key) for key in ("contrasts", "roi", "spacing", "voxel_size"))
     channels, classes = network.config["in_channels"], network.config["out_channels"]
 
     def three(values: Any, kinds: type | tuple[type, ...]) -> bool:
@@ -272,6 +297,8 @@ def check_extra(path: Path, network: RSANet) -> None:
         problem = f"the window {roi!r}, not three sizes in voxels"
     elif spacing is not None and not three(spacing, (int, float)):
         problem = f"the spacing {spacing!r}, not three sizes in mm"
+    elif size is not None and not three(size, (int, float)):
+        problem = f"the voxel size {size!r}, not three sizes in mm"
     else:
         return
     raise ValueError(f"{path} has {problem}: give a model of `rsanet train`.")

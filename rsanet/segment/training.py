@@ -368,7 +368,12 @@ class Session:
         self.network = network
         self.patch = patch
         self.voxel_size = voxel_size
-        self.extra = {"contrasts": list(contrasts), "roi": list(patch), "spacing": spacing and list(spacing)}
+        self.extra = {
+            "contrasts": list(contrasts),
+            "roi": list(patch),
+            "spacing": spacing and list(spacing),
+            "voxel_size": [float(f"{size:.4g}") for size in voxel_size],
+        }
         self.held_out = held_out
         self.precision = precision
         self.progress = progress

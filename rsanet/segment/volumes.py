@@ -152,7 +152,7 @@ def _check_file(path: Path) -> None:
     wanted = "give a file that ends in .nii or .nii.gz"
     try:
         if path.is_dir() and not is_series(path):
-            raise ValueError(f"{path} is a folder: {wanted}.")
+            raise ValueError(f"{path} is a folder: {wanted}, or the folder of one DICOM series.")
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: check the name of the file.")
     except PermissionError as error:  # of a folder above

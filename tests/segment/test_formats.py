@@ -175,7 +175,9 @@ def test_what_a_nifti_was_made_of_is_left_out_beside_it(tmp_path, phantoms):
     [
         ("x.mhd", "ElementDataFile = {}"),
         ("x.mha", "ElementDataFile = {}"),
-        ("x.mhd", "ElementDataFile:{}"),
+        ("x.mhd", "ElementDataFile={}"),
+        ("x.mhd", "\rElementDataFile = {}"),
+        ("x.mha", "Comment = ElementDataFile = LOCAL\n" + "Comment = x\n" * 9999 + "ElementDataFile = {}"),
         ("x.nhdr", "data file: {}"),
         ("x.nhdr", "DATAFILE: {}"),
         ("x.nrrd", "data file: {}"),
@@ -195,7 +197,7 @@ def test_a_header_names_no_file_elsewhere(tmp_path, name, line, place):
         read_volume(tmp_path / "in" / name)
     shutil.copy(tmp_path / "secret.raw", tmp_path / "in" / "open.raw")
     (tmp_path / "in" / name).write_text(header + line.format("open.raw") + "\n\n")
-    if ":" not in line or "Element" not in line:
+    if line.count("Element") < 2 and "\r" not in line:
         assert read_volume(tmp_path / "in" / name)[0].sum() == 28, "the same header is good with a file beside it"
 
 

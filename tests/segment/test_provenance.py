@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 
 import nibabel as nib
 import numpy as np
@@ -135,10 +136,13 @@ def test_a_resumed_cohort_makes_what_is_missing_beside_a_mask(tmp_path, phantoms
     predict_cohort(segmenter(), root, out)
     words = out / "sub-2/anat/sub-2_label-lesion_mask.json"
     words.unlink()
+    stale = words.with_name(f".partial-{socket.gethostname()}-{2**22 + 1}-x.nii.gz")  # of no process, by its number
+    stale.write_text("half")
     done = []
     predict_cohort(segmenter(), root, out, resume=True, progress=lambda *args: done.append(args[2].case))
     assert done == ["sub-2"]
     assert words.is_file()
+    assert not stale.exists()
 
 
 def test_masks_of_a_model_that_was_trained_again_are_not_mixed(tmp_path, trained, phantoms):

@@ -53,7 +53,7 @@ def test_augmentation_moves_no_lesion_into_another_thick_slice(spacing, moves):
 
 
 def test_a_cohort_of_thick_slices_trains_and_predicts_on_its_own_grid(thick, tmp_path, rsanet):
-    options = ["--steps", "2", "--channels", "8", "8", "8", "8", "--dropout", "0"]
+    options = ["--steps", "1", "--channels", "8", "8", "8", "8", "--dropout", "0"]
     code, out, err = rsanet("train", thick, "-o", tmp_path / "run", *options)
     assert (code, err) == (0, "")
     patch = [int(size) for size in re.search(r"patch (\d+)×(\d+)×(\d+)", out).groups()]
@@ -66,6 +66,19 @@ def test_a_cohort_of_thick_slices_trains_and_predicts_on_its_own_grid(thick, tmp
     said = json.loads((tmp_path / "m.json").read_text())
     assert said["VoxelSize"] == [1.0, 1.0, 5.0]
     assert said["LesionLoad"] == 5 * np.count_nonzero(np.asarray(mask.dataobj))
+
+
+def test_a_model_of_thick_slices_is_not_given_thin_ones_without_a_word(thick, cohort, phantoms, tmp_path, rsanet):
+    options = ["--steps", "1", "--channels", "8", "8", "--dropout", "0", "--patch", "8", "--contrasts", "FLAIR"]
+    assert rsanet("train", thick, "-o", tmp_path / "run", *options)[0] == 0
+    flair = phantoms.image_path(cohort, "sub-001")
+    code, _, err = rsanet("predict", tmp_path / "run", "-i", flair, "-o", tmp_path / "m.nii.gz")
+    assert code == 0
+    assert err.count("\n") == 1
+    assert f"{flair} has voxels of 1×1×1 mm along z, y, x, and {tmp_path / 'run'}" in err
+    assert "saw voxels of 5×1×1 mm: its masks may be poor" in err
+    assert rsanet("train", thick, "-o", tmp_path / "even", *options, "--spacing", "2")[0] == 0
+    assert rsanet("predict", tmp_path / "even", "-i", flair, "-o", tmp_path / "n.nii.gz")[::2] == (0, "")
 
 
 def test_a_patch_that_leaves_attention_a_single_slice_is_remarked(thick, tmp_path, rsanet):

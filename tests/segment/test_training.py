@@ -77,7 +77,12 @@ def test_the_run_folder_tells_all_about_the_run(trained):
 
 def test_the_model_file_knows_its_contrasts_and_window(trained):
     extra = load_model(trained / "model.safetensors").extra
-    assert extra == {"contrasts": ["FLAIR", "T1w", "T2w"], "roi": [16, 16, 16], "spacing": None}
+    assert extra == {
+        "contrasts": ["FLAIR", "T1w", "T2w"],
+        "roi": [16, 16, 16],
+        "spacing": None,
+        "voxel_size": [1, 1, 1],
+    }
 
 
 def test_the_same_seed_gives_the_same_weights(cohort, tmp_path):
