@@ -164,7 +164,7 @@ def test_the_warnings_are_on_every_page_and_real_data_are_not_called_simulated(r
 
 
 def test_words_of_file_names_and_json_are_shown_and_never_run(cohort, tmp_path):
-    name = "<script>alert(1)<&\"'"
+    name = "<script>alert(1)<&\"'#?%41"
     table = tmp_path / "list.csv"
     image = cohort.data / "sub-001" / "anat" / "sub-001_FLAIR.nii.gz"
     table.write_text(f'id,FLAIR\n"{name.replace(chr(34), chr(34) * 2)}",{image}\n')
@@ -239,6 +239,13 @@ def test_true_missed_and_false_lesions_are_those_of_evaluate(protocol):
     assert len(status) == numbers.predicted_lesions + numbers.reference_lesions + status.count("uncounted")
 
 
+def test_each_lesion_has_the_status_that_its_own_voxels_show():
+    found = list_lesions(scan(*masks()), PROTOCOLS["custom"])
+    status = {lesion.id: lesion.status for lesion in found}
+    assert status == {"1": "hit", "2": "false", "3": "false", "R1": "reference", "R2": "missed"}
+    assert {lesion.id: len(lesion.voxels) for lesion in found} == {"1": 32, "2": 6, "3": 1, "R1": 30, "R2": 4}
+
+
 def test_lesions_below_the_protocols_minimum_are_listed_and_not_counted():
     prediction, reference = masks()
     found = list_lesions(scan(prediction, reference, np.eye(4)), PROTOCOLS["msseg2016"])
@@ -262,7 +269,7 @@ def test_outlines_enclose_the_voxels_and_leave_holes_open():
 def test_pictures_have_true_proportions_and_the_patients_right_on_the_left():
     prediction = np.zeros(SHAPE, bool)
     prediction[24:26, 30:34, 15:17] = True  # right, anterior and superior
-    view = scan(prediction)
+    view = scan(prediction, image=100 * prediction.astype(np.float32))
     frame = Frame(np.array([(0, n) for n in SHAPE]), view.spacing, 100.0)
     size = {"axial": (60, 60), "coronal": (60, 80), "sagittal": (60, 80)}
     box = {"axial": (8, 12, 9, 15), "coronal": (8, 12, 12, 20), "sagittal": (9, 15, 12, 20)}
@@ -272,6 +279,10 @@ def test_pictures_have_true_proportions_and_the_patients_right_on_the_left():
         points = np.array([part.split(",") for part in re.findall(r"[\d.]+,[\d.]+", picture.outlines[0].path)], float)
         left, top, right, bottom = *points.min(0), *points.max(0)
         assert (left, right, top, bottom) == box[mosaic.plane.name]
+        rows, columns = np.nonzero(pixels(picture.image) > 127)  # the lesion alone is bright
+        scale = picture.width / pixels(picture.image).shape[1]
+        middle = [(columns.mean() + 0.5) * scale, (rows.mean() + 0.5) * scale]
+        np.testing.assert_allclose(middle, [(left + right) / 2, (top + bottom) / 2], atol=0.7)
     assert [plane.letters for plane in PLANES] == [tuple("RLAP"), tuple("RLSI"), tuple("APSI")]
 
 

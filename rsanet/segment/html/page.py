@@ -27,7 +27,7 @@ Array = np.ndarray
 
 RESEARCH = "Research only, not a medical device."
 SIMULATED = "Simulated data: no clinical meaning."
-QUIET = "#C8C8C8"
+GREEN, QUIET = "#009E73", "#C8C8C8"
 
 # Colour, and dashes of SVG: who cannot tell the colours apart has the lines.
 STYLES = {
@@ -35,15 +35,15 @@ STYLES = {
     "hit": (COLOURS["hit"], ""),
     "false": (COLOURS["false"], "4 2"),
     "missed": (COLOURS["missed"], "8 3"),
-    "uncounted": (QUIET, "1 3"),
+    "uncounted": (QUIET, "2 2"),
     "reference": (COLOURS["reference"], "1 2.5"),
     "new": (COLOURS["false"], ""),
     "enlarged": (COLOURS["missed"], "8 3"),
     "vanished": (COLOURS["reference"], "4 2"),
     "shrunk": (COLOURS["hit"], "7 2 1 2"),
-    "stable": (QUIET, "1 3"),
-    "tiny": (QUIET, "1 2"),
-    "unseen": (QUIET, "1 2"),
+    "stable": (GREEN, ""),
+    "tiny": (QUIET, "2 2"),
+    "unseen": (QUIET, "2 2"),
 }
 
 # What a page says of how a mask was made, by the keys of the mask's JSON.
