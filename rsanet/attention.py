@@ -350,7 +350,7 @@ def insert_rsa(
     The submodule's output goes through an ``RSABlock`` on its device and in its dtype. The block starts as
     the identity, so the network's outputs are unchanged until the betas move. The state_dict keeps its keys
     and gains ``<path>.rsa_block.*``, under each path where the network registers the submodule under several.
-    The new parameters have to reach the optimizer: insert first, then make the optimizer. ``docs/plug-in.md``
+    The new parameters have to reach the optimizer: insert first, then make the optimizer. ``docs/tutorials/plug-in.md``
     says which submodules to take in well-known networks.
 
     Args:

@@ -1,4 +1,4 @@
-"""`insert_rsa` in the networks of other packages: each row of the table in docs/plug-in.md."""
+"""`insert_rsa` in the networks of other packages: each row of the table in docs/tutorials/plug-in.md."""
 
 import copy
 import importlib
@@ -13,7 +13,7 @@ from torch import nn
 
 from rsanet import insert_rsa
 
-PAGE = Path(__file__).parents[2] / "docs" / "plug-in.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tutorials" / "plug-in.md"
 CELL = re.compile(r"`([\w.]+)`, (\d+) channels")
 
 

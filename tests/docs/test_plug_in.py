@@ -1,4 +1,4 @@
-"""docs/plug-in.md, read as a user would: each block of Python after the one before it."""
+"""docs/tutorials/plug-in.md, read as a user would: each block of Python after the one before it."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed
 
-PAGE = Path(__file__).parents[2] / "docs" / "plug-in.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tutorials" / "plug-in.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="this build of torch has no gloo")
