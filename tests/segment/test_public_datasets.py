@@ -122,6 +122,14 @@ def test_a_public_data_set_that_no_layout_reads_is_recognized(tree, name):
         list_cases(tree(name) / TREES[name][0].split("/")[0])
 
 
+def test_a_public_data_set_that_reads_as_nonsense_is_recognized(tree):
+    part = tree("shifts") / "shifts_ms_pt2" / "best" / "train"
+    with pytest.raises(
+        ValueError, match=r"cannot be used \(it looks like the data set shifts: give --layout shifts\):\n"
+    ):
+        find_cases(part, require_mask=True)
+
+
 def test_time_points_of_mslesseg_are_no_contrasts(tree):
     root = tree("mslesseg")
     cases = {case.id: case for case in list_cases(root, layout="mslesseg")[0]}
