@@ -177,7 +177,11 @@ def find_cases(
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the whole cohort
     if problems:
-        raise ValueError(f"{len(problems)} of {len(cases)} cases in {path} cannot be used:\n  " + "\n  ".join(problems))
+        every = len(problems) == len(cases) and layout == "auto" and resembled(Path(path))
+        advice = f" (it looks like the data set {every}: give --layout {every})" if every else ""
+        raise ValueError(
+            f"{len(problems)} of {len(cases)} cases in {path} cannot be used{advice}:\n  " + "\n  ".join(problems)
+        )
     return cases
 
 

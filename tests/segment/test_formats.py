@@ -1,5 +1,6 @@
 """Other formats than NIfTI: the same voxels at the same places, and nothing that a header has no business to name."""
 
+import locale
 import shutil
 import sys
 
@@ -45,6 +46,7 @@ def oblique(codes="RAS"):
 def write_series(folder, voxels, affine, series="1", name="FLAIR 3D", skip=()):
     """A DICOM series of axial slices, a file each, in an order of names that is not that of space."""
     folder.mkdir(parents=True, exist_ok=True)
+    before = locale.setlocale(locale.LC_ALL)
     image = itk_image(voxels.astype(np.int16), affine)
     writer = SimpleITK.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -68,6 +70,7 @@ def write_series(folder, voxels, affine, series="1", name="FLAIR 3D", skip=()):
             part.SetMetaData(key, value)
         writer.SetFileName(str(folder / f"{series}-{(number * 7) % 101:03d}.dcm"))
         writer.Execute(part)
+    locale.setlocale(locale.LC_ALL, before)  # GDCM leaves that of C behind when it writes
     return folder
 
 
@@ -98,7 +101,10 @@ def test_a_space_to_the_right_front_and_top_is_understood(tmp_path):
 def test_a_dicom_series_lies_where_its_nifti_lies(tmp_path, tilted):
     voxels = np.arange(7 * 6 * 5).reshape(7, 6, 5)
     affine = oblique("LPS") if tilted else np.diag([-1.0, -1.5, 4.0, 1.0])
-    found, image = read_volume(write_series(tmp_path / "scan", voxels, affine))
+    series = write_series(tmp_path / "scan", voxels, affine)
+    before = locale.setlocale(locale.LC_ALL)
+    found, image = read_volume(series)
+    assert locale.setlocale(locale.LC_ALL) == before  # which a library may change for the whole process
     assert np.array_equal(found, voxels)
     assert np.allclose(image.affine, affine, atol=1e-4)
 

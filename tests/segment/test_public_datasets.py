@@ -122,6 +122,14 @@ def test_a_public_data_set_that_no_layout_reads_is_recognized(tree, name):
         list_cases(tree(name) / TREES[name][0].split("/")[0])
 
 
+def test_a_public_data_set_that_reads_as_nonsense_is_recognized(tree):
+    part = tree("shifts") / "shifts_ms_pt2" / "best" / "train"
+    with pytest.raises(
+        ValueError, match=r"cannot be used \(it looks like the data set shifts: give --layout shifts\):\n"
+    ):
+        find_cases(part, require_mask=True)
+
+
 def test_time_points_of_mslesseg_are_no_contrasts(tree):
     root = tree("mslesseg")
     cases = {case.id: case for case in list_cases(root, layout="mslesseg")[0]}
@@ -197,3 +205,26 @@ def test_a_layout_by_name_reads_nothing_else(tmp_path, layout):
         else:
             with pytest.raises(ValueError, match=f"does not look like {layout}: wanted .*, found|has no images"):
                 list_cases(path, layout=layout)
+
+
+def test_a_public_data_set_is_predicted_and_compared_by_its_name(trained, phantoms, tmp_path, rsanet):
+    root = tmp_path / "MSLesSeg Dataset"
+    for number, (folder, name) in enumerate([("train/P1/T1", "P1_T1"), ("train/P1/T2", "P1_T2"), ("test/P54", "P54")]):
+        images, lesions = phantoms.make_subject(number)
+        for word, contrast in (("FLAIR", "FLAIR"), ("T1", "T1w"), ("T2", "T2w")):
+            phantoms.save(root / folder / f"{name}_{word}.nii.gz", images[contrast])
+        phantoms.save(root / folder / f"{name}_MASK.nii.gz", lesions, dtype=np.uint8)
+    options = ["--layout", "mslesseg"]
+    code, out, err = rsanet("predict", trained, "--data", root, "-o", tmp_path / "masks", *options)
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "masks").glob("*.nii.gz")) == [
+        f"{name}_label-lesion_mask.nii.gz" for name in ("P1_T1", "P1_T2", "P54")
+    ]
+    code, out, err = rsanet("evaluate", tmp_path / "masks", root, *options)
+    assert (code, err) == (0, "")
+    dices = [float(line.split()[1]) for line in out.splitlines() if line.startswith(("P1_", "P54"))]
+    assert len(dices) == 3
+    assert min(dices) > 0.3, "each mask is compared with its own reference"
+    code, _, err = rsanet("predict", trained, "-i", "a.nii.gz", "-o", "b.nii.gz", *options)
+    assert code == 2
+    assert "this is for a cohort" in err
