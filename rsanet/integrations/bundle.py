@@ -46,9 +46,12 @@ README = """\
 
 Research use only: no medical device. Nothing here says how well the model does; evaluate it on data of your own.
 
-A bundle of the model `{model}` (SHA-256 `{model_sha256}`), written by rsanet {version}. It takes {contrasts}, in this
-order, as NIfTI, each skull-stripped or not as the training images were, and gives a mask on the grid of the first.
-The window is {window} voxels along z, y, x; slice-wise attention is global over its window, so results depend on it.
+A bundle of `{model}`, written by rsanet {version}; SHA-256 of that file:
+`{model_sha256}`.
+
+It takes {contrasts}, in this order, as NIfTI, prepared as the training images were, and gives a mask on the grid of the
+first. The window is {window} voxels along z, y, x; slice-wise attention is global over its window, so results depend on
+it.
 
 It needs `pip install "rsanet[export]"`, whose transforms and network it names. In this folder:
 

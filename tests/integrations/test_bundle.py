@@ -158,7 +158,7 @@ def test_metadata_and_readme_name_the_model(bundle, model):
     assert said["rsanet"]["spacing"] == [1.2, 1.0, 1.1]
     readme = (bundle / "docs" / "README.md").read_text()
     assert said["rsanet"]["model_sha256"] in readme
-    assert "FLAIR T1w, in this\norder" in readme
+    assert "takes FLAIR T1w, in this order" in readme
     assert "Research use only" in readme
 
 
