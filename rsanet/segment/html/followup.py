@@ -34,8 +34,8 @@ LITTLE_CHANGE = ("stable", "tiny", "unseen")
 class Criteria:
     """When a lesion has changed.
 
-    In four repeated measurements, Arch Neurol 1992;49:261 found that a change of a small lesion below some 45 % may be
-    chance; hence the growth, and its inverse for loss. The least volumes keep single voxels from counting.
+    In lesions measured repeatedly by hand, a change of a small one below some 45 % of its area may be chance (Arch
+    Neurol 1992;49:261); hence the growth, and its inverse for loss. The least volumes keep single voxels from counting.
 
     Attributes:
         new_mm3: a lesion without predecessor is new from this volume on.
