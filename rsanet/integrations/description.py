@@ -1,6 +1,5 @@
 """What a model file says of itself, for the files of other formats that are made of it."""
 
-import hashlib
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -56,12 +55,13 @@ def describe(model: str | Path) -> Described:
         "classes": list(CLASSES),
         "window": list(segmenter.roi),
         "spacing": list(segmenter.spacing) if segmenter.spacing else None,
+        "voxel_size": list(segmenter.voxel_size) if segmenter.voxel_size else None,
         "orientation": ORIENTATION,
         "intensities": "tissue of each channel at mean 0 and standard deviation 1, background 0",
         "use": "research only",
         "network": network.config,
         "model": path.name,
-        "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "model_sha256": segmenter.sha256,
         "versions": {"rsanet": version, "torch": torch.__version__},
     }
     return Described(network, segmenter.roi, segmenter.contrasts, segmenter.spacing, words)
