@@ -11,7 +11,7 @@ import torch
 from integrations.models import CONTRASTS, read_voxels, write_images, write_model
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 
-from rsanet import RSANet, cli, load_model
+from rsanet import RSANet, load_model
 from rsanet.integrations import bundle as bundles
 from rsanet.integrations.bundle import INFERENCE, METADATA, export_bundle
 from rsanet.segment import predict, predict_cohort
@@ -50,18 +50,6 @@ def cohort(tmp_path_factory):
     write_images(root / "sub-01", 1)
     write_images(root / "sub-02", 2, (24, 26, 19), np.diag([-1, -1, 1, 1.0]))
     return root
-
-
-@pytest.fixture
-def rsanet(capsys):
-    def run(*args):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return run
 
 
 def assert_same_masks(found, wanted, cases=("sub-01", "sub-02")):

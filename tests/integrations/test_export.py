@@ -13,7 +13,7 @@ from integrations.models import CONTRASTS, write_images, write_model
 
 import rsanet as package
 from rsa_kernels import ops, reference, use_backend
-from rsanet import cli, load_model
+from rsanet import load_model
 from rsanet.integrations import export as exports
 from rsanet.integrations.export import export
 from rsanet.segment import predict, simulate
@@ -51,18 +51,6 @@ def least(files):
 def compiled(least, files):
     export(least, files / "compiled.pt2", "aoti")
     return files / "compiled.pt2"
-
-
-@pytest.fixture
-def rsanet(capsys):
-    def run(*args):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return run
 
 
 def metadata_of(path):

@@ -104,17 +104,3 @@ def trained(cohort, tiny, tmp_path_factory):
         cli.main(["train", str(cohort), "-o", str(run), "--steps", "80", "--validate-every", "40", *tiny])
     assert stop.value.code == 0
     return run
-
-
-@pytest.fixture
-def rsanet(capsys):
-    """Runs the command line: returns exit status, stdout and stderr."""
-
-    def run(*args):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return run

@@ -21,7 +21,10 @@ from rsanet.segment import segmenter, selfcheck
 from rsanet.segment.words import counted
 
 HEAVY = ("torch", "monai", "lightning", "nibabel", "scipy", "numpy", "matplotlib")
-COMMANDS = ("simulate", "train", "predict", "evaluate", "report", "doctor")
+COMMANDS = (
+    *("simulate", "train", "predict", "evaluate", "report", "export", "export-bundle"),
+    *("nnunet-path", "nnunet-plans", "nnunet-weights", "doctor"),
+)
 
 
 def python(code, **environment):
