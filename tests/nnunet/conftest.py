@@ -12,49 +12,39 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHIMS = Path(__file__).parent / "shims"
 DATASET = "Dataset501_Lesions"
-STEPS = 12
 
 # nnU-Net's own commands and trainers, but they need no GPU and few processes, and a training is one short epoch that is
-# the same every time.
-PLAN = """\
-#!{python}
-import sys
-from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry
+# the same every time. Processes that these start import this file, too, and find nothing to import in it.
+COMMANDS = {
+    "nnUNetv2_plan_and_preprocess": """
+    from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry as main
 
-sys.argv += ["-npfp", "1", "-np", "1"]
-if __name__ == "__main__":
-    plan_and_preprocess_entry()
-"""
-TRAIN = """\
-#!{python}
-import os, random, sys
-import numpy, torch
-from nnunetv2.run.run_training import run_training_entry
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    sys.argv += ["-npfp", "1", "-np", "1"]
+""",
+    "nnUNetv2_train": """
+    import os, random
+    import numpy, torch
+    from nnunetv2.run.run_training import run_training_entry as main
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-whole = nnUNetTrainer.run_training
+    whole = nnUNetTrainer.run_training
 
-def briefly(self):
-    self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, {steps}, 1
-    whole(self)
+    def briefly(self):
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 12, 1
+        whole(self)
 
-nnUNetTrainer.run_training = briefly
-for seed in (random.seed, numpy.random.seed, torch.manual_seed):
-    seed(0)
-os.environ["nnUNet_n_proc_DA"] = "0"  # what is augmented in this process follows the seeds
-sys.argv += ["-device", "cpu"]
-if __name__ == "__main__":
-    run_training_entry()
-"""
-PREDICT = """\
-#!{python}
-import sys
-from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+    nnUNetTrainer.run_training = briefly
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+        seed(0)
+    os.environ["nnUNet_n_proc_DA"] = "0"  # what is augmented in this process follows the seeds
+    sys.argv += ["-device", "cpu"]
+""",
+    "nnUNetv2_predict": """
+    from nnunetv2.inference.predict_from_raw_data import predict_entry_point as main
 
-sys.argv += ["-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta"]
-if __name__ == "__main__":
-    predict_entry_point()
-"""
+    sys.argv += ["-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta"]
+""",
+}
 
 
 def write_case(folder, name, seed, labelled):
@@ -98,9 +88,9 @@ def workshop(tmp_path_factory):
     (data / "dataset.json").write_text(json.dumps(description))
     commands = folder / "bin"
     commands.mkdir()
-    for name, text in (("plan_and_preprocess", PLAN), ("train", TRAIN), ("predict", PREDICT)):
-        name = f"nnUNetv2_{name}"
-        (commands / name).write_text(text.format(python=sys.executable, steps=STEPS))
+    for name, lines in COMMANDS.items():
+        script = f"#!{sys.executable}\nimport sys\n\nif __name__ == '__main__':{lines}    main()\n"
+        (commands / name).write_text(script)
         (commands / name).chmod(0o755)
     return folder
 
