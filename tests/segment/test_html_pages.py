@@ -435,7 +435,8 @@ def test_a_case_named_index_does_not_take_the_cohorts_page(cohort, tmp_path):
 def test_how_a_mask_was_made_is_said_by_its_json_or_else_by_the_table(cohort, tmp_path):
     pred = shutil.copytree(cohort.pred, tmp_path / "pred")
     sidecar = {"Models": [{"Path": "run/model.safetensors", "SHA256": "abc"}], "Threshold": 0.5, "MirrorImages": True,
-               "Window": [[48, 48, 48]], "VoxelSize": [1.0, 1.0, 1.0], "Versions": {"torch": "2.13.0"}}  # fmt: skip
+               "Window": [[48, 48, 48]], "VoxelSize": [1.0, 1.0, 1.0], "Versions": {"torch": "2.13.0"},
+               "GeneratedBy": [{"Name": "rsanet", "Version": "0.1.0"}]}  # fmt: skip
     (pred / "sub-001_label-lesion_mask.json").write_text(json.dumps(sidecar))
     (pred / "sub-002_label-lesion_mask.json").write_text("{")
     (pred / "predictions.csv").write_text(
@@ -444,7 +445,13 @@ def test_how_a_mask_was_made_is_said_by_its_json_or_else_by_the_table(cohort, tm
     out = tmp_path / "out"
     write_report(out, cohort.data, pred)
     text = read(out / "sub-001.html").text
-    for words in ("Path run/model.safetensors, SHA256 abc", "48, 48, 48", "Mirror images averaged yes", "torch 2.13.0"):
+    for words in (
+        "Path run/model.safetensors, SHA256 abc",
+        "48, 48, 48",
+        "Mirror images averaged yes",
+        "torch 2.13.0",
+        "Made by rsanet 0.1.0",
+    ):
         assert words in text
     text = read(out / "sub-002.html").text
     assert "a model" in text
