@@ -316,6 +316,8 @@ def test_few_slices_show_every_lesion_and_never_more_than_the_limit():
     assert chosen == sorted(chosen, reverse=True)
     assert len(chosen) < 16
     assert all(np.isin(voxels[:, 2], chosen).any() for voxels in lesions)
+    specks = [np.array([[0, 0, 30]]), np.array([[9, 9, 30]])]
+    assert choose_slices([*specks, np.argwhere(np.ones((4, 4, 1))) + 41], 2, most=1) == [41]
     apart = [np.array([[0, 0, 2 * n]]) for n in range(2 * MOST_SLICES)]
     assert len(choose_slices(apart, 2)) == MOST_SLICES
 
