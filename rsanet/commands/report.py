@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rsanet.commands.common import DEFAULTS, Device, Layout, ProtocolName, Raters, Roi
+from rsanet.commands.common import DEFAULTS, Device, Layout, ProtocolName, Raters, Roi, Stopped
 from rsanet.segment.words import counted
 
 
@@ -46,7 +46,11 @@ def report(
     def progress(number: int, total: int, name: str, words: str) -> None:
         typer.echo(f"{number}/{total}  {name}: {words}")
 
-    written = write_report(out, data, pred, segmenter, overwrite=overwrite, progress=progress, **shown)
+    try:
+        written = write_report(out, data, pred, segmenter, overwrite=overwrite, progress=progress, **shown)
+    except Stopped as stopped:
+        stopped.left = f" {out} keeps the pages that were done." if out.is_dir() else ""
+        raise
     if written.failures:
         total = counted(len(written.failures) + len(written.pages), "case")
         have = "has" if len(written.failures) == 1 else "have"

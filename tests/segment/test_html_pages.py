@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from types import SimpleNamespace
 from urllib.parse import unquote
 
@@ -13,84 +12,19 @@ import pytest
 import torch
 from scipy import ndimage
 from segment.bright import CPU, FP32
+from segment.pages import SHAPE, Elements, masks, read, scan
 
 from rsanet import RSANet
 from rsanet.segment.cases import Case
-from rsanet.segment.html.charts import draw_attention, histogram, nice_step, spread_loads
 from rsanet.segment.html.cohort import write_report
-from rsanet.segment.html.lesions import list_lesions
-from rsanet.segment.html.mosaics import MOST_SLICES, choose_slices, draw_mosaics
 from rsanet.segment.html.page import RESEARCH, SIMULATED, make_page
-from rsanet.segment.html.pictures import PLANES, Frame, edges
-from rsanet.segment.html.scan import Scan, read_scan
+from rsanet.segment.html.scan import read_scan
 from rsanet.segment.metrics import PROTOCOLS, evaluate_case
 from rsanet.segment.segmenter import Segmenter
 
-SHAPE = (30, 40, 20)
 OBLIQUE = nib.affines.from_matvec(
     nib.eulerangles.euler2mat(0.1, 0.2, -0.15) @ np.diag([2.0, 1.5, 4.0]), [-30, -25, -40]
 )
-
-
-class Elements(HTMLParser):
-    """The elements of a page, and its words outside of scripts and styles."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.found, self.words, self.rows, self.cell = [], [], [], None
-        self.inside = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-        self.inside.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.cell = []
-
-    def handle_endtag(self, tag):
-        if tag in self.inside:
-            while self.inside.pop() != tag:
-                pass
-        if tag in ("td", "th"):
-            self.rows[-1].append("".join(self.cell).strip())
-            self.cell = None
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self.inside):
-            self.words.append(data)
-            if self.cell is not None:
-                self.cell.append(data)
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.found if name == tag]
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", " ".join(self.words))
-
-
-def read(path):
-    return Elements(path.read_text(encoding="utf-8"))
-
-
-def scan(prediction, reference=None, affine=None, probability=None, image=None, name="case"):
-    """A scan of a head that fills most of the volume."""
-    affine = np.diag([2.0, 1.5, 4.0, 1.0]) if affine is None else affine
-    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in prediction.shape], indexing="ij"))
-    image = np.where((grid**2).sum(0) < 0.9, 100.0, 0.0).astype(np.float32) if image is None else image
-    return Scan(name, "FLAIR", {"FLAIR": image}, prediction, reference, probability, affine, affine, prediction.shape)
-
-
-def masks():
-    """A prediction with a hit, a false lesion and one of a voxel, and a reference with a missed lesion."""
-    prediction, reference = np.zeros(SHAPE, bool), np.zeros(SHAPE, bool)
-    prediction[8:12, 10:14, 8:10] = reference[9:12, 10:15, 8:10] = True
-    prediction[20:23, 25:27, 12] = True
-    prediction[15, 20, 5] = True
-    reference[20:22, 10:12, 14] = True
-    return prediction, reference
 
 
 @pytest.fixture(scope="module")
@@ -225,108 +159,6 @@ def test_the_lesion_table_equals_an_independent_computation(turned, tmp_path, ph
     assert "turned by" in Elements(page.html).text
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
-def test_true_missed_and_false_lesions_are_those_of_evaluate(protocol):
-    prediction, reference = masks()
-    reference[15:18, 20:23, 4:7] = True  # around the prediction's lesion of one voxel
-    found = list_lesions(scan(prediction, reference), protocol)
-    numbers = evaluate_case(prediction, reference, (2, 1.5, 4), protocol)
-    status = [lesion.status for lesion in found]
-    assert status.count("missed") == numbers.reference_lesions - numbers.detected_lesions
-    assert status.count("reference") == numbers.detected_lesions
-    assert status.count("false") == numbers.false_lesions
-    assert status.count("hit") == numbers.predicted_lesions - numbers.false_lesions
-    assert len(status) == numbers.predicted_lesions + numbers.reference_lesions + status.count("uncounted")
-
-
-def test_each_lesion_has_the_status_that_its_own_voxels_show():
-    found = list_lesions(scan(*masks()), PROTOCOLS["custom"])
-    status = {lesion.id: lesion.status for lesion in found}
-    assert status == {"1": "hit", "2": "false", "3": "false", "R1": "reference", "R2": "missed"}
-    assert {lesion.id: len(lesion.voxels) for lesion in found} == {"1": 32, "2": 6, "3": 1, "R1": 30, "R2": 4}
-
-
-def test_lesions_below_the_protocols_minimum_are_listed_and_not_counted():
-    prediction, reference = masks()
-    found = list_lesions(scan(prediction, reference, np.eye(4)), PROTOCOLS["msseg2016"])
-    assert {lesion.id: lesion.status for lesion in found}["3"] == "uncounted"  # of 1 mm³
-
-
-def test_outlines_enclose_the_voxels_and_leave_holes_open():
-    mask = np.zeros((9, 9), bool)
-    mask[2:7, 1:6] = True
-    mask[4, 3] = False
-    mask[0, 8] = True
-    areas = []
-    for line in edges(*np.nonzero(mask)):
-        assert np.array_equal(line[0], line[-1])
-        x, y = line.T
-        areas.append(abs((x[:-1] * y[1:] - x[1:] * y[:-1]).sum()) / 2)
-    corner = 4 * 0.25**2 / 2
-    np.testing.assert_allclose(sorted(areas), [1 - corner, 1 - corner, 25 - corner])
-
-
-def test_pictures_have_true_proportions_and_the_patients_right_on_the_left():
-    prediction = np.zeros(SHAPE, bool)
-    prediction[24:26, 30:34, 15:17] = True  # right, anterior and superior
-    view = scan(prediction, image=100 * prediction.astype(np.float32))
-    frame = Frame(np.array([(0, n) for n in SHAPE]), view.spacing, 100.0)
-    size = {"axial": (60, 60), "coronal": (60, 80), "sagittal": (60, 80)}
-    box = {"axial": (8, 12, 9, 15), "coronal": (8, 12, 12, 20), "sagittal": (9, 15, 12, 20)}
-    for mosaic in draw_mosaics(view, list_lesions(view, PROTOCOLS["custom"]), frame):
-        picture = mosaic.pictures[0]
-        assert (picture.width, picture.height) == size[mosaic.plane.name]
-        points = np.array([part.split(",") for part in re.findall(r"[\d.]+,[\d.]+", picture.outlines[0].path)], float)
-        left, top, right, bottom = *points.min(0), *points.max(0)
-        assert (left, right, top, bottom) == box[mosaic.plane.name]
-        rows, columns = np.nonzero(pixels(picture.image) > 127)  # the lesion alone is bright
-        scale = picture.width / pixels(picture.image).shape[1]
-        middle = [(columns.mean() + 0.5) * scale, (rows.mean() + 0.5) * scale]
-        np.testing.assert_allclose(middle, [(left + right) / 2, (top + bottom) / 2], atol=0.7)
-    assert [plane.letters for plane in PLANES] == [tuple("RLAP"), tuple("RLSI"), tuple("APSI")]
-
-
-def test_a_picture_shows_the_slice_that_it_names():
-    prediction = np.zeros(SHAPE, bool)
-    prediction[10:12, 10:12, 7] = True
-    view = scan(prediction, affine=nib.affines.from_matvec(np.diag([2.0, 1.5, 4.0]), [0, 0, -40]))
-    bright = np.zeros(SHAPE, np.float32)
-    bright[:, :, 7] = 100
-    view.images["FLAIR"] = bright
-    frame = Frame(np.array([(0, n) for n in SHAPE]), view.spacing, 100.0)
-    (picture,) = draw_mosaics(view, list_lesions(view, PROTOCOLS["custom"]), frame)[0].pictures
-    assert picture.title == "z = −12 mm"
-    assert picture.alt == "Axial slice at z = −12 mm, with lesion 1"
-    assert pixels(picture.image).mean() > 250
-
-
-def pixels(uri):
-    import base64
-    import io
-
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
-
-
-def test_few_slices_show_every_lesion_and_never_more_than_the_limit():
-    rng = np.random.default_rng(0)
-    lesions = [rng.integers(0, 60, (1, 3)) + np.argwhere(np.ones((3, 3, n))) for n in rng.integers(1, 6, 20)]
-    chosen = choose_slices(lesions, 2)
-    assert chosen == sorted(chosen, reverse=True)
-    assert len(chosen) < 16
-    assert all(np.isin(voxels[:, 2], chosen).any() for voxels in lesions)
-    apart = [np.array([[0, 0, 2 * n]]) for n in range(2 * MOST_SLICES)]
-    assert len(choose_slices(apart, 2)) == MOST_SLICES
-
-
-def test_lesions_without_a_slice_are_named():
-    prediction = np.zeros((30, 40, 70), bool)
-    prediction[15, 20, ::2] = True
-    page = make_page(scan(prediction), PROTOCOLS["custom"])
-    assert f"{35 - MOST_SLICES} of 35 lesions lie in none of these axial slices" in Elements(page.html).text
-
-
 def test_every_picture_says_what_it_shows_to_those_who_cannot_see_it(report):
     for path in report.iterdir():
         page = read(path)
@@ -435,7 +267,8 @@ def test_a_case_named_index_does_not_take_the_cohorts_page(cohort, tmp_path):
 def test_how_a_mask_was_made_is_said_by_its_json_or_else_by_the_table(cohort, tmp_path):
     pred = shutil.copytree(cohort.pred, tmp_path / "pred")
     sidecar = {"Models": [{"Path": "run/model.safetensors", "SHA256": "abc"}], "Threshold": 0.5, "MirrorImages": True,
-               "Window": [[48, 48, 48]], "VoxelSize": [1.0, 1.0, 1.0], "Versions": {"torch": "2.13.0"}}  # fmt: skip
+               "Window": [[48, 48, 48]], "VoxelSize": [1.0, 1.0, 1.0], "Versions": {"torch": "2.13.0"},
+               "GeneratedBy": [{"Name": "rsanet", "Version": "0.1.0"}]}  # fmt: skip
     (pred / "sub-001_label-lesion_mask.json").write_text(json.dumps(sidecar))
     (pred / "sub-002_label-lesion_mask.json").write_text("{")
     (pred / "predictions.csv").write_text(
@@ -444,7 +277,13 @@ def test_how_a_mask_was_made_is_said_by_its_json_or_else_by_the_table(cohort, tm
     out = tmp_path / "out"
     write_report(out, cohort.data, pred)
     text = read(out / "sub-001.html").text
-    for words in ("Path run/model.safetensors, SHA256 abc", "48, 48, 48", "Mirror images averaged yes", "torch 2.13.0"):
+    for words in (
+        "Path run/model.safetensors, SHA256 abc",
+        "48, 48, 48",
+        "Mirror images averaged yes",
+        "torch 2.13.0",
+        "Made by rsanet 0.1.0",
+    ):
         assert words in text
     text = read(out / "sub-002.html").text
     assert "a model" in text
@@ -479,33 +318,6 @@ def test_attention_maps_are_drawn_and_a_model_that_does_not_fit_costs_a_remark(c
     other = Segmenter(network, ("FLAIR", "T1w", "PDw"), (16, 16, 16), None, CPU, FP32)
     write_report(tmp_path / "two", cohort.data, cohort.pred, other, subjects=["sub-001"])
     assert "No attention maps: sub-001 has no PDw." in read(tmp_path / "two" / "sub-001.html").text
-
-
-def test_the_sentence_on_a_map_says_what_the_map_shows():
-    diagonal = draw_attention("axial", 0.9 * np.eye(10) + 0.01)
-    assert diagonal.words.startswith("A slice gives 93 % of its attention to itself and its neighbours, where looking "
-                                     "everywhere alike would give 28 %")  # fmt: skip
-    column = np.full((10, 10), 0.05)
-    column[:, 3] = 0.55
-    assert "slice 3 is looked at most, 5.50 times as much" in draw_attention("coronal", column).words
-    drawn = pixels(draw_attention("axial", np.eye(4)[::-1]).image).sum(-1)
-    assert drawn.argmax(1).tolist() == [0, 1, 2, 3]  # slice 0, which looks at slice 3, is the lowest row
-
-
-def test_histogram_counts_each_lesion_once_and_a_bound_in_the_class_above():
-    bars = histogram([("hit", 10.0), ("hit", 9.99), ("false", 30.0 * (1 - 1e-12)), ("hit", 5000)], ["hit", "false"])
-    assert [bar.total for bar in bars] == [1, 1, 1, 0, 0, 0, 1]
-    assert bars[2].parts == (("hit", 0), ("false", 1))
-
-
-def test_loads_lie_on_their_scale():
-    loads = spread_loads([("a", 0.0), ("b", 5.0), ("c", 5.01), ("d", 9.2)])
-    assert [(dot.name, dot.row) for dot in loads.dots] == [("a", 0), ("b", 0), ("c", 1), ("d", 0)]
-    assert loads.ticks[0] == ("0", 0.0)
-    assert loads.ticks[-1] == ("10", 1.0)
-    assert abs(loads.dots[1].place - 0.5) < 0.01
-    assert spread_loads([("a", 0.0)]).ticks == [("0", 0.0), ("1", 1.0)]
-    assert [nice_step(x) for x in (0.3, 1, 1.1, 4.9, 7)] == [0.5, 1, 2, 5, 10]
 
 
 def test_raters_and_other_pathology_are_said_and_not_counted(tmp_path, phantoms):

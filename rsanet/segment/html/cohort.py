@@ -137,7 +137,7 @@ def write_report(
     if not pages:
         raise ValueError(f"No case has a page: {next(iter(report.failures.values()))}")
     left_out = [case.id for case in cases if case.id not in masks]
-    title = f"Lesion segmentation of {Path(data).name or data}"
+    title = f"Lesion segmentation of {Path(data).resolve().name}"
     files.write_text(report.index, make_index(pages, report.failures, protocol, title, simulated, left_out, whose))
     return report
 

@@ -43,7 +43,7 @@ def choose_slices(lesions: Sequence[Array], axis: int, most: int = MOST_SLICES) 
     Args:
         lesions: voxels (N, 3) of each.
         axis: across the slices.
-        most: number of slices; beyond it lesions stay without one, those alone in their slice first.
+        most: number of slices; beyond it lesions stay without one, the small and lonely first.
     """
     seen_in: dict[int, set[int]] = {}
     area: dict[int, int] = {}
@@ -53,10 +53,12 @@ def choose_slices(lesions: Sequence[Array], axis: int, most: int = MOST_SLICES) 
             area[index] = area.get(index, 0) + count
             if count >= WELL_SEEN * counts.max():
                 seen_in.setdefault(index, set()).add(number)
+    # Where not all can be shown, specks do not crowd out a lesion.
+    width = [len(voxels) ** (1 / 3) for voxels in lesions]
     left = set(range(len(lesions)))
     chosen: list[int] = []
     while left and len(chosen) < most:
-        best = max(seen_in, key=lambda index: (len(seen_in[index] & left), area[index]))
+        best = max(seen_in, key=lambda index: (sum(width[n] for n in seen_in[index] & left), area[index]))
         chosen.append(best)
         left -= seen_in[best]
     return sorted(chosen, reverse=True)
@@ -105,7 +107,8 @@ def draw_slice(
         inside = voxels[voxels[:, plane.axis] == index]
         if len(inside):
             outlines.append(Outline(name, layer, frame.outline(inside, plane)))
-    title = f"{plane.world} = {scan.position(plane.axis, index):.0f} mm".replace("-", "−")
+    place = round(scan.position(plane.axis, index), 1) + 0.0  # no -0
+    title = f"{plane.world} = {place:g} mm".replace("-", "−")
     names = list(dict.fromkeys(outline.lesion for outline in outlines))
     words = f"with {'lesion' if len(names) == 1 else 'lesions'} {', '.join(names)}" if names else "without lesions"
     grey = frame.grey(image[(slice(None),) * plane.axis + (index,)], plane)

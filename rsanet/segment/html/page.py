@@ -193,6 +193,8 @@ def _plain(value: Any) -> str:
     """A value of a JSON file in words, whatever it is."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict) and value.keys() == {"Name", "Version"}:
+        return " ".join(map(_plain, value.values()))
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(entry)}" for key, entry in value.items())
     if isinstance(value, list):
