@@ -34,9 +34,11 @@ demo: install
 	$(RUN)/rsanet report demo/report.png --data demo/test --pred demo/predictions --model demo/run
 	$(RUN)/rsanet report demo/report --data demo/test --pred demo/predictions --model demo/run
 
-# Triton's kernels run in its interpreter, which a process has from its start or not at all.
+# The tests of the C++ kernels count threads, and want the machine for themselves. Triton's kernels run in its interpreter,
+# which a process has from its start or not at all.
 test: install
-	$(RUN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(RUN)/python -m pytest -n 2 --dist loadfile --ignore tests/cpp
+	$(RUN)/python -m pytest tests/cpp
 ifeq ($(shell uname -sm),Linux x86_64)
 	TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 tests/rsa_kernels tests/triton -k triton
 endif
@@ -51,6 +53,14 @@ $(NNUNET)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(NNUNET)
 	$(NNUNET)/bin/pip install --quiet $(TORCH) ".[nnunet]" pytest
 	touch $@
+
+# Opens the HTML report in a headless Chromium, which it installs on Debian and Ubuntu where there is none: under a minute.
+test-report: install
+	$(RUN)/pip install --quiet "selenium>=4.20"
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+		|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null \
+		|| { echo "The tests of the HTML report need chromium and chromedriver, and apt-get cannot install them: install both and try again."; exit 1; }
+	$(RUN)/python -m pytest tests/browser/report.py
 
 # Measures the block beside what a user would pick instead, on this machine when it is quiet, and draws the results. The
 # first takes hours on two cores, the second minutes.
@@ -87,14 +97,6 @@ check-mutations: install
 # Builds the source distribution and the wheels from it, in pure Python and compiled, and installs one as a user would.
 check-package: install
 	$(RUN)/python tests/packaging/check.py $(TORCH)
-
-# Opens the HTML report in a headless Chromium, which it installs on Debian and Ubuntu where there is none: under a minute.
-test-report: install
-	$(RUN)/pip install --quiet "selenium>=4.20"
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
-		|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null \
-		|| { echo "The tests of the HTML report need chromium and chromedriver, and apt-get cannot install them: install both and try again."; exit 1; }
-	$(RUN)/python -m pytest tests/browser/report.py
 
 # On a machine with a GPU, in an environment with a CUDA build of torch: the extensions, the tests, then the measurements.
 check-gpu:
