@@ -5,15 +5,22 @@ from typing import Annotated
 
 import typer
 
-from rsanet.commands.common import Model
+from rsanet.commands.common import Model, completed
 
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file: .onnx, or .pt2 for the others.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="The file: .onnx, or .pt2 for the others; by default MODEL's name, here."),
+    ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--format", help="onnx, torch-export or aoti (compiled for this CPU); by default by the ending."),
+        typer.Option(
+            "--format",
+            help="onnx, torch-export or aoti (compiled for this CPU); by default by the ending, or onnx.",
+            autocompletion=completed(("onnx", "torch-export", "aoti")),
+        ),
     ] = None,
     decompose: Annotated[
         bool, typer.Option("--decompose", help="torch-export: operators of PyTorch alone, to load without rsa_kernels.")
@@ -27,6 +34,9 @@ def export(
     from rsanet.integrations import export as work
     from rsanet.segment.words import counted
 
+    if out is None:
+        # An unknown format is refused by name, whatever the ending.
+        out = Path(f"{model.resolve().name.removesuffix('.safetensors')}{work.SUFFIXES.get(kind or 'onnx', '')}")
     done = work.export(model, out, kind, decompose=decompose, overwrite=overwrite, say=typer.echo)
     if done.shapes:
         volumes = counted(len(done.shapes), "volume")

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,20 @@ def test_the_command_says_how_the_file_compares_and_replaces_nothing_unasked(mod
     code, _, err = rsanet("export", model, "-o", out)
     assert (code, err) == (1, f"rsanet: {out} exists: give another name, or --overwrite to replace it.\n")
     assert out.read_bytes() == content
+
+
+def test_without_a_name_the_file_is_called_as_the_model_is(model, tmp_path, rsanet, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said, err = rsanet("export", model, "--format", "torch-export")
+    assert (code, err) == (0, "")
+    assert said.endswith("The file is model.pt2.\n")
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(model, run / "model.safetensors")
+    assert rsanet("export", "run/")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt2", "run", "run.onnx"]
+    code, _, err = rsanet("export", "run", "--format", "keras")
+    assert (code, err) == (1, "rsanet: --format is 'keras': give one of onnx, torch-export, aoti.\n")
 
 
 def test_a_wrong_file_is_not_kept(model, tmp_path, rsanet, monkeypatch):

@@ -349,6 +349,7 @@ def test_the_help_of_every_verb_ends_with_an_example_that_it_accepts(rsanet, ver
         ("rsanet train cohort --precision ", {"auto", "fp32", "bf16"}),
         ("rsanet predict run --device c", {"cpu", "cuda"}),
         ("rsanet simulate out --kinds d", {"deep"}),
+        ("rsanet export run --format ", {"onnx", "torch-export", "aoti"}),
     ],
 )
 def test_the_shell_completes_verbs_options_and_their_words(typed, offered):
