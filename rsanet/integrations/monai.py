@@ -16,6 +16,7 @@ from rsanet.segment.cases import Case
 from rsanet.segment.data import LoadCase
 from rsanet.segment.datasets import list_cases
 from rsanet.segment.environment import pick_precision
+from rsanet.segment.geometry import voxel_volume
 from rsanet.segment.prediction import Options, lesion_mask, name_images
 from rsanet.segment.recipe import triple
 from rsanet.segment.segmenter import lesion_probability
@@ -98,6 +99,6 @@ class LesionMask(Transform):
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """Leaves every other entry as it is."""
         probability = data["pred"]
-        voxel_mm3 = abs(float(np.linalg.det(np.asarray(probability.affine.cpu())[:3, :3])))
+        voxel_mm3 = voxel_volume(np.asarray(probability.affine.cpu()))
         mask, _ = lesion_mask(np.asarray(probability[0].cpu()), self.options, voxel_mm3)
         return {**data, "pred": MetaTensor(torch.from_numpy(mask)[None], meta=probability.meta)}

@@ -53,7 +53,7 @@ class Row:
             found.case,
             found.path.relative_to(folder).as_posix() if found.path else "",
             found.lesions,
-            round(found.load_mm3, 1),
+            round(found.load_mm3, 3),
             round(found.seconds, 2),
             found.backend,
             " ".join(dict.fromkeys(sizes(window.size) for window in found.windows)),

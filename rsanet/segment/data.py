@@ -36,7 +36,16 @@ from monai.transforms import (
 from torch import Tensor
 
 from rsanet.segment.cases import Case
-from rsanet.segment.volumes import ROUNDING, check_views, load_grid, read_image, read_mask, same_grid, tissue_mask
+from rsanet.segment.volumes import (
+    ROUNDING,
+    check_views,
+    load_grid,
+    name_of,
+    read_image,
+    read_mask_on,
+    same_grid,
+    tissue_mask,
+)
 
 # Stored as (z, y, x), the network's axis names are anatomically true: "axial" runs from inferior to superior.
 ORIENTATION = "SAR"
@@ -116,7 +125,8 @@ class LoadCase(Transform):
         affine = torch.from_numpy(grid.affine)
         loaded: dict[str, Any] = {"case": case.id, "image": MetaTensor(torch.cat(volumes), affine=affine)}
         if case.mask is not None:
-            mask = torch.from_numpy(read_mask(case.mask)[0].astype(np.uint8))
+            mask = read_mask_on(case.mask, grid, name_of(first), "resample it to that image, or repair its header")
+            mask = torch.from_numpy(mask.astype(np.uint8))
             loaded["mask"] = MetaTensor(mask[None], affine=affine)
         return loaded
 

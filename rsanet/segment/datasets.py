@@ -18,8 +18,8 @@ from rsanet.segment.layouts import UNDERSTOOD, read_cases, resembled
 from rsanet.segment.lists import read_json
 from rsanet.segment.names import canonical
 from rsanet.segment.raters import RULES, RatersMask
-from rsanet.segment.volumes import check_views, read_image, read_mask, same_grid
-from rsanet.segment.words import counted, sizes
+from rsanet.segment.volumes import check_views, read_image, read_mask_on
+from rsanet.segment.words import counted
 
 # The order of channels where the user names none; other contrasts follow alphabetically.
 CONTRASTS = ("FLAIR", "T1w", "T2w")
@@ -131,12 +131,10 @@ def check_case(case: Case, contrasts: Sequence[str], *, require_mask: bool) -> N
     path = case.pick_mask()
     if path is None:
         raise ValueError(f"{case.id} has no lesion mask.")
-    mask = read_mask(path)[1]
-    if not same_grid(images[first], mask):
-        raise ValueError(
-            f"{path} ({sizes(mask.shape[:3])}) is on another grid than the {first} image "
-            f"({sizes(images[first].shape[:3])}): put the contrast it was drawn on first in --contrasts."
-        )
+    advice = "resample it to that image, or repair its header"
+    if len(contrasts) > 1:
+        advice = f"put the contrast it was drawn on first in --contrasts, or {advice}"
+    read_mask_on(path, images[first], f"the {first} image", advice)
 
 
 def find_cases(

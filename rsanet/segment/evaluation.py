@@ -13,9 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
-from nibabel import orientations
 from tqdm import tqdm
 
 from rsanet.segment import files
@@ -24,8 +22,8 @@ from rsanet.segment.metrics import CaseMetrics, Protocol, SizeClass, choose_prot
 from rsanet.segment.pairs import find_masks, find_references, pair_masks, subject_of_mask
 from rsanet.segment.raters import ignored_voxels
 from rsanet.segment.statistics import PairedTest, Summary, compare_paired, summarize
-from rsanet.segment.volumes import MaskSource, names_volume, read_mask
-from rsanet.segment.words import counted, sizes
+from rsanet.segment.volumes import MaskSource, names_volume, read_mask, read_mask_on
+from rsanet.segment.words import counted
 
 Array = np.ndarray
 PathLike = str | os.PathLike
@@ -132,7 +130,7 @@ def evaluate(
     pred: PathLike | Array,
     ref: PathLike | Array,
     *,
-    spacing: Sequence[float] | None = None,
+    spacing: Sequence[float] | Array | None = None,
     protocol: str | Protocol = "custom",
     compare: PathLike | Array | None = None,
     split: PathLike | None = None,
@@ -144,13 +142,13 @@ def evaluate(
 
     Files of a folder are matched by the ``sub-`` and ``ses-`` in their names, else by the name without its ending and
     ``_label-lesion_mask``. The reference may be a data set: its lesion masks are taken. A bad case does not stop the
-    others. A mask whose axes are flipped or swapped is turned to its reference; one on other voxels is not
-    resampled, but a failure.
+    others. A mask whose axes are flipped or swapped is turned to its reference, and one whose header puts it less
+    than a voxel away is taken with a warning; one on other voxels is not resampled, but a failure.
 
     Args:
-        pred: a NIfTI file or a folder; or an array (X, Y, Z) of 0 and 1.
+        pred: a NIfTI file or a folder; or an array (X, Y, Z) of 0 and one other number.
         ref: likewise, or a data set of any layout that training reads, by its folder or its list.
-        spacing: voxel size in mm, for arrays; files carry their own.
+        spacing: voxel size in mm, or the affine (4, 4), for arrays; files carry their own.
         protocol: how lesions are counted, a key of ``PROTOCOLS`` or a protocol.
         compare: another prediction of the same references, of the kind of ``pred``.
         split: a split file of the data set ``ref``, of which the test part alone is compared.
@@ -255,30 +253,12 @@ def _evaluate_files(
     pred_file: Path, ref_file: Path | MaskSource, protocol: Protocol, subject: str
 ) -> tuple[CaseMetrics, bool]:
     """The numbers of a case, and whether some voxels of its reference do not count."""
-    (pred, pred_image), (ref, ref_image) = read_mask(pred_file), read_mask(ref_file)
-    pred, affine = _turn(pred, pred_image.affine, ref_image.affine)
-    if pred.shape != ref.shape:
-        raise ValueError(
-            f"{pred_file} has {sizes(pred.shape)} voxels and {ref_file} {sizes(ref.shape)}: "
-            "bring the prediction to the reference's grid."
-        )
-    if not np.allclose(affine, ref_image.affine, rtol=0, atol=1e-3):
-        raise ValueError(
-            f"{pred_file} has the affine {np.round(affine, 3).tolist()} and {ref_file} "
-            f"{np.round(ref_image.affine, 3).tolist()}: bring the prediction to the reference's grid."
-        )
+    ref, grid = read_mask(ref_file)
+    pred = read_mask_on(pred_file, grid, str(ref_file), "bring the prediction to the reference's grid")
     ignored = ignored_voxels(ref_file)
     if ignored is not None:
         pred = pred & ~ignored
-    spacing = nibabel.affines.voxel_sizes(ref_image.affine)
-    return evaluate_case(pred, ref, spacing, protocol, subject=subject), ignored is not None
-
-
-def _turn(mask: Array, affine: Array, target: Array) -> tuple[Array, Array]:
-    """Flips and swaps the axes of a volume until they run as those of another; returns its new affine, too."""
-    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.io_orientation(target))
-    turned = orientations.apply_orientation(mask, turn)
-    return turned, affine @ orientations.inv_ornt_aff(turn, mask.shape)
+    return evaluate_case(pred, ref, grid.affine, protocol, subject=subject), ignored is not None
 
 
 # --- results ----------------------------------------------------------------------------------------------
@@ -297,7 +277,7 @@ def write_csv(evaluation: Evaluation, path: PathLike) -> None:
     del rules["note"]
     rows = []
     for case in evaluation.cases:
-        row = asdict(case)
+        row = _printed(case)
         for entry in row.pop("size_classes"):
             low, high = entry.pop("low_mm3"), entry.pop("high_mm3")
             row |= {f"{name}_{low:g}_{high:g}_mm3": count for name, count in entry.items()}
@@ -324,11 +304,17 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         "counts": {name: summary.n for name, summary in summaries.items()},
         "size_classes": [_size_class(entry) for entry in evaluation.size_classes()],
         "cases": [
-            asdict(case) | {"size_classes": [_size_class(entry) for entry in case.size_classes]}
+            _printed(case) | {"size_classes": [_size_class(entry) for entry in case.size_classes]}
             for case in evaluation.cases
         ],
         "failures": evaluation.failures,
     }
+
+
+def _printed(case: CaseMetrics) -> dict[str, Any]:
+    """The numbers of a case, volumes to the digit that `rsanet predict` prints."""
+    numbers = asdict(case)
+    return numbers | {name: round(value, 3) for name, value in numbers.items() if name.endswith("_mm3")}
 
 
 def _size_class(entry: SizeClass) -> dict[str, Any]:

@@ -21,6 +21,9 @@ import numpy as np
 from scipy import ndimage, sparse
 from scipy.spatial import KDTree
 
+from rsanet.segment.geometry import affine_of, places, to_canonical, voxel_volume
+from rsanet.segment.volumes import as_mask
+
 Array = np.ndarray
 
 CONNECTIVITY_RANK = {6: 1, 18: 2, 26: 3}
@@ -236,7 +239,7 @@ def dice(one: Any, other: Any) -> float:
 def evaluate_case(
     pred: Array,
     ref: Array,
-    spacing: Sequence[float],
+    spacing: Sequence[float] | Array,
     protocol: Protocol = PROTOCOLS["custom"],
     *,
     subject: str = "",
@@ -244,27 +247,28 @@ def evaluate_case(
     """Compare a predicted lesion mask with a reference on the same voxel grid.
 
     Args:
-        pred: (X, Y, Z), only 0 and 1.
-        ref: same shape.
-        spacing: voxel size in mm.
+        pred: (X, Y, Z), 0 and one other number.
+        ref: same shape, likewise.
+        spacing: three voxel sizes in mm; or the affine (4, 4), which says how voxels are sheared, too.
         protocol: how lesions are counted.
         subject: name of the case.
 
     Raises:
-        ValueError: a mask is not binary or not 3-D, the shapes differ, or the spacing is no voxel size.
+        ValueError: a mask is not binary or not 3-D, the shapes differ, or the spacing is neither.
     """
-    pred, ref = _binary(pred, "the prediction"), _binary(ref, "the reference")
+    pred, ref = as_mask(pred, "The prediction"), as_mask(ref, "The reference")
     if pred.shape != ref.shape:
         raise ValueError(
             f"The prediction has shape {pred.shape} and the reference {ref.shape}: "
             "bring the prediction to the reference's grid."
         )
-    if len(spacing) != 3 or not all(math.isfinite(size) and size > 0 for size in spacing):
-        raise ValueError(f"spacing is {tuple(spacing)}: give three voxel sizes in mm.")
+    stored = affine_of(spacing)
+    # In one order of axes, so that sums do not depend on how a file stores them.
+    (pred, affine), (ref, _) = to_canonical(pred, stored), to_canonical(ref, stored)
     pred, ref = _crop(pred, ref)
-    voxel_mm3 = math.prod(float(size) for size in spacing)
+    voxel_mm3 = voxel_volume(affine)
     both, predicted, reference = (int(np.count_nonzero(mask)) for mask in (pred & ref, pred, ref))
-    hd95, assd = surface_distances(pred, ref, spacing)
+    hd95, assd = surface_distances(pred, ref, affine)
     lesions = Lesions.match(pred, ref, voxel_mm3, protocol)
     counts = lesions.count()
     ltpr = _ratio(counts["detected_lesions"], counts["reference_lesions"])
@@ -290,23 +294,6 @@ def evaluate_case(
     )
 
 
-def _binary(mask: Array, what: str) -> Array:
-    mask = np.asarray(mask)
-    if mask.ndim != 3:
-        raise ValueError(f"{what.capitalize()} has shape {mask.shape}: give a mask with three dimensions.")
-    if mask.dtype == bool:
-        return mask
-    binary = mask == 1
-    other = mask[~binary & (mask != 0)]
-    if other.size:
-        advice = "cut a probability map at a threshold, or keep one label, first"
-        raise ValueError(
-            f"{what.capitalize()} is not a binary mask: it has {other.size} voxels that are neither 0 nor 1, "
-            f"such as {other.flat[0]:g}; {advice}."
-        )
-    return binary
-
-
 def _crop(pred: Array, ref: Array) -> tuple[Array, Array]:
     """Both masks within their common bounding box: most of a brain holds no lesion."""
     either = pred | ref
@@ -324,16 +311,16 @@ def _ratio(part: int, whole: int) -> float:
 # --- surfaces ---------------------------------------------------------------------------------------------
 
 
-def surface_distances(pred: Array, ref: Array, spacing: Sequence[float]) -> tuple[float, float]:
+def surface_distances(pred: Array, ref: Array, affine: Array) -> tuple[float, float]:
     """HD95 and ASSD of two masks.
 
     The surface of a mask is its voxels with a neighbour outside by a face; the border of the volume is outside.
-    Distances are those between voxel centres, exact on anisotropic voxels.
+    Distances are those between voxel centres in the world, exact on anisotropic and on sheared voxels.
 
     Args:
         pred: (X, Y, Z), boolean.
         ref: same shape.
-        spacing: voxel size in mm.
+        affine: voxel to world mm.
 
     Returns:
         In mm, the larger of the two directed 95th percentiles, and the mean over the surface voxels of both masks;
@@ -341,7 +328,7 @@ def surface_distances(pred: Array, ref: Array, spacing: Sequence[float]) -> tupl
     """
     if not (pred.any() and ref.any()):
         return math.nan, math.nan
-    points = [np.argwhere(mask & ~ndimage.binary_erosion(mask)) * np.asarray(spacing, float) for mask in (pred, ref)]
+    points = [places(np.argwhere(mask & ~ndimage.binary_erosion(mask)), affine) for mask in (pred, ref)]
     # A tree over the surface voxels takes a tenth of the time of a distance transform of the box around them.
     to_ref, to_pred = KDTree(points[1]).query(points[0])[0], KDTree(points[0]).query(points[1])[0]
     hd95 = max(np.percentile(to_ref, 95), np.percentile(to_pred, 95))

@@ -15,6 +15,7 @@ from nibabel.spatialimages import SpatialImage
 from rsanet.segment.datasets import Case, canonical, is_simulated
 from rsanet.segment.ensemble import Ensemble, Model, Prepared
 from rsanet.segment.files import check_new, remove_stale, written_beside
+from rsanet.segment.geometry import voxel_volume
 from rsanet.segment.metrics import label_lesions
 from rsanet.segment.provenance import write_sidecar
 from rsanet.segment.raters import files_of
@@ -176,7 +177,7 @@ def predict_case(
     if say:
         say(ensemble.describe(ready, windows))
     probability = ensemble.probability(ready, windows, progress=progress)
-    voxel_mm3 = abs(float(np.linalg.det(grid.affine[:3, :3])))
+    voxel_mm3 = voxel_volume(grid.affine)
     mask, lesions = lesion_mask(probability, options, voxel_mm3)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)  # in a tree of BIDS, whose folders come with the masks

@@ -8,8 +8,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from rsanet.segment.volumes import MaskSource, read_mask, read_volume, same_grid
-from rsanet.segment.words import sizes
+from rsanet.segment.geometry import align
+from rsanet.segment.volumes import MaskSource, read_labels, read_mask
 
 # How the masks of several raters make one: the least share of them that has to call a voxel lesion.
 RULES = ("majority", "union", "intersection")
@@ -42,25 +42,29 @@ class RatersMask(MaskSource):
         Raises:
             ValueError: the masks are on different grids.
         """
-        votes: np.ndarray | None = None
-        for mask in self.masks.values():
-            lesion, image = read_mask(mask)
-            if votes is None:
-                votes, first, grid = lesion.astype(np.int16), mask, image
-            elif not same_grid(grid, image):
-                raise ValueError(
-                    f"{mask} ({sizes(image.shape[:3])}) is on another grid than {first} ({sizes(grid.shape[:3])}): "
-                    "resample the one to the other, or give one of them as --raters."
-                )
-            else:
-                votes += lesion
+        first, *others = self.masks.values()
+        lesion, grid = read_mask(first)
+        votes = lesion.astype(np.int16)
+        for mask in others:
+            votes += self._on_first(*read_mask(mask), mask, grid)
         least = {"union": 1, "majority": len(self.masks) // 2 + 1, "intersection": len(self.masks)}[self.rule]
         return votes >= least, grid
 
     def ignored(self) -> np.ndarray | None:
         """Voxels that any rater leaves out."""
-        parts = [part for mask in self.masks.values() if (part := ignored_voxels(mask)) is not None]
-        return np.logical_or.reduce(parts) if parts else None
+        parts = [(mask, part) for mask in self.masks.values() if (part := ignored_voxels(mask)) is not None]
+        if not parts:
+            return None
+        grid = read_mask(next(iter(self.masks.values())))[1]
+        return np.logical_or.reduce([self._on_first(part, read_mask(mask)[1], mask, grid) for mask, part in parts])
+
+    def _on_first(
+        self, voxels: np.ndarray, image: nib.Nifti1Image, mask: Path | MaskSource, grid: nib.Nifti1Image
+    ) -> np.ndarray:
+        """What a rater says, in the order of the first rater's voxels."""
+        first = next(iter(self.masks.values()))
+        advice = "resample the one to the other, or give one of them as --raters"
+        return align(voxels, image, grid, str(mask), str(first), advice)
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class LabelledMask(MaskSource):
         return other if other.any() else None
 
     def _labels(self) -> tuple[np.ndarray, nib.Nifti1Image]:
-        voxels, image = read_volume(self.path)
+        voxels, image = read_labels(self.path)
         if foreign := [f"{label:g}" for label in np.unique(voxels) if label not in (0, 1, 2)]:
             raise ValueError(
                 f"{self.path} has the label {foreign[0]}: give a mask of 0, 1 for lesion and 2 for {self.other}."

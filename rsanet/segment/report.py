@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import nibabel
 import numpy as np
+from nibabel.spatialimages import SpatialImage
 from scipy import ndimage
 
 from rsanet.segment import files
+from rsanet.segment.geometry import align, to_canonical
 from rsanet.segment.metrics import PROTOCOLS, CaseMetrics, Protocol, evaluate_case
-from rsanet.segment.volumes import MaskSource, read_image, read_mask, same_grid
+from rsanet.segment.volumes import MaskSource, as_mask, read_image, read_mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +40,7 @@ MEANINGS = {
     "false": "false positive",
 }
 HEADINGS = {"flair": "FLAIR", "reference": "Reference", "prediction": "Prediction", "detail": "Detail"}
+ADVICE = "give masks on the image's grid"
 MAP_COLOURS = "magma"
 SIMULATED = "simulated data: no clinical meaning"
 
@@ -58,8 +61,7 @@ class View:
         flair: (X, Y, Z) image.
         reference: (X, Y, Z) bool, or None.
         prediction: (X, Y, Z) bool, or None.
-        spacing: voxel size in mm.
-        origin: world mm of voxel (0, 0, 0).
+        affine: voxel to world mm.
         metrics: how the two masks agree, if there are two.
     """
 
@@ -67,9 +69,13 @@ class View:
     flair: Array
     reference: Array | None
     prediction: Array | None
-    spacing: Array
-    origin: Array
+    affine: Array
     metrics: CaseMetrics | None
+
+    @property
+    def spacing(self) -> Array:
+        """(3,) voxel size in mm."""
+        return nibabel.affines.voxel_sizes(self.affine)
 
     @classmethod
     def of(
@@ -86,41 +92,39 @@ class View:
 
         Args:
             flair: a nibabel image, the path of one, or an array.
-            reference: likewise, or None.
+            reference: likewise, or None; an array has the image's voxels, and all else is turned to them.
             prediction: likewise, or None.
             affine: voxel to world mm; needed with arrays only.
             name: shown beside the slices.
             protocol: how lesions are counted.
         """
+        source = str(flair) if isinstance(flair, (str, os.PathLike)) else "flair"
         if isinstance(flair, (str, os.PathLike)):
-            voxels, header = read_image(flair)
-            flair = nibabel.Nifti1Image(voxels, header.affine)
-        image = _image(flair, affine, "flair")
-        canonical = nibabel.as_closest_canonical(image)
+            voxels, image = read_image(flair)
+        else:
+            image = _image(flair, affine, "flair")
+            voxels = np.asarray(image.dataobj, dtype=np.float32)
+        volume, canonical = to_canonical(voxels, image.affine)
         masks: list[Array | None] = []
-        for mask, what in ((reference, "reference"), (prediction, "prediction")):
+        for mask, what in ((reference, "the reference"), (prediction, "the prediction")):
             if mask is None:
                 masks.append(None)
                 continue
-            source = what
-            if isinstance(mask, (str, os.PathLike, MaskSource)):
-                source = str(mask)
-                voxels, header = read_mask(mask)
-                mask = nibabel.Nifti1Image(voxels.astype(np.uint8), header.affine)
-            mask = _image(mask, image.affine, what)
-            if not same_grid(mask, image):
-                raise ValueError(
-                    f"{source} has shape {mask.shape} and flair {image.shape}, or their affines differ: "
-                    "give masks on the image's grid."
-                )
-            masks.append(np.asarray(nibabel.as_closest_canonical(mask).dataobj))
-        spacing = nibabel.affines.voxel_sizes(canonical.affine)
+            if isinstance(mask, (str, os.PathLike, MaskSource, SpatialImage)):
+                file = isinstance(mask, (str, os.PathLike, MaskSource))
+                found, own = read_mask(mask if file else _image(mask, None, what))
+                found = align(found, own, image, str(mask) if file else what, source, ADVICE)
+            else:
+                found = as_mask(mask, what.capitalize())
+                if found.shape != voxels.shape:
+                    raise ValueError(
+                        f"{what.capitalize()} has shape {found.shape} and {source} {voxels.shape}: {ADVICE}."
+                    )
+            masks.append(to_canonical(found, image.affine)[0])
         numbers = None
         if masks[0] is not None and masks[1] is not None:
-            numbers = evaluate_case(masks[1], masks[0], spacing, protocol, subject=name)
-        seen = [None if mask is None else mask > 0 for mask in masks]
-        volume = np.asarray(canonical.dataobj, dtype=np.float32)
-        return cls(name, np.nan_to_num(volume), *seen, spacing, canonical.affine[:3, 3], numbers)
+            numbers = evaluate_case(masks[1], masks[0], canonical, protocol, subject=name)
+        return cls(name, np.nan_to_num(volume), *masks, canonical, numbers)
 
     def lesions(self) -> Array:
         """Voxels of either mask."""
@@ -141,8 +145,9 @@ class View:
         return sorted(chosen or [self.flair.shape[2] // 2], reverse=True)
 
     def height(self, index: int) -> float:
-        """World z of an axial slice in mm."""
-        return float(self.origin[2] + index * self.spacing[2])
+        """World z of the middle of an axial slice in mm."""
+        x, y, _ = (np.array(self.flair.shape) - 1) / 2
+        return float(nibabel.affines.apply_affine(self.affine, (x, y, index))[2])
 
 
 def _image(volume: Any, affine: Array | None, what: str) -> nibabel.Nifti1Image:
@@ -152,7 +157,7 @@ def _image(volume: Any, affine: Array | None, what: str) -> nibabel.Nifti1Image:
         volume = nibabel.Nifti1Image(volume.astype(np.float32), affine)
     if len(volume.shape) != 3:
         raise ValueError(f"{what} has shape {tuple(volume.shape)}: give a volume with three dimensions.")
-    return volume
+    return volume if isinstance(volume, nibabel.Nifti1Image) else nibabel.Nifti1Image.from_image(volume)
 
 
 def draw_overlay(

@@ -16,8 +16,10 @@ from nibabel.spatialimages import SpatialImage
 from scipy import ndimage
 
 from rsanet.segment.formats import FORMATS, is_other_format, is_series, read_other_format
+from rsanet.segment.geometry import align, lattice
+from rsanet.segment.geometry import same_grid as same_grid
 from rsanet.segment.recipe import LARGEST_VOXEL, SMALLEST_VOXEL
-from rsanet.segment.words import counted, sizes
+from rsanet.segment.words import DataWarning, counted, sizes
 
 # nibabel tells of what it mends in a header on stderr, without the file's name; what matters is told below.
 nib.imageglobals.logger.setLevel(logging.CRITICAL)
@@ -34,6 +36,8 @@ CONVERTERS = {
 }
 
 ROUNDING = 2e-5  # of the largest value; the scaled integers of 16 bits and an interpolation leave less beside 0
+LARGEST_STEP = 0.1  # of a slope whose rounding is taken back; a coarser one may mean what it says
+FLOAT32 = 1e-6  # of the largest value: what a file that stores 32 bits leaves of a whole number
 LEAST_TISSUE = 0.001  # of the voxels of an image; the head in a generous field of view takes a tenth
 LEAST_SHARED, LEAST_COVERED = 0.5, 0.1  # of a field of view; see check_views
 
@@ -56,10 +60,6 @@ class MaskSource(ABC):
     @abstractmethod
     def ignored(self) -> np.ndarray | None:
         """Voxels ``(X, Y, Z)`` that count neither for nor against a prediction; None where there are none."""
-
-
-class DataWarning(UserWarning):
-    """Something in the data that the user should know of and that stops nothing."""
 
 
 def stem(path: Path) -> str:
@@ -215,7 +215,7 @@ def _compare_forms(image: nib.Nifti1Image, name: str) -> None:
         forms = image.header.get_sform(), image.header.get_qform()
     except nib.spatialimages.HeaderDataError:  # a qform that is none, and is not used
         return
-    corners = _lattice(image.shape[:3], 2)
+    corners = lattice(image.shape[:3], 2)
     apart = np.linalg.norm(apply_affine(forms[0], corners) - apply_affine(forms[1], corners), axis=-1).max()
     if apart > voxel_sizes(forms[0]).max():
         warnings.warn(
@@ -291,6 +291,27 @@ def _in_head(bad: np.ndarray, shown: np.ndarray) -> bool:
     return bool((ndimage.binary_dilation(shown, np.ones((3, 3, 3))) & bad).any())
 
 
+def read_labels(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """Reads a volume of whole numbers; what their storage left of others is rounded.
+
+    Numbers that a header scales come back as far off as half a step of its slope.
+
+    Returns:
+        As `read_volume`; voxels that are no whole numbers stay as they are.
+    """
+    voxels, image = read_volume(volume)
+    slope, offset = (float(getattr(image.dataobj, part, plain)) for part, plain in (("slope", 1), ("inter", 0)))
+    scaled = (slope, offset) != (1, 0)
+    if image.dataobj.dtype.kind in "biu" and not scaled:
+        return voxels, image
+    step = min(abs(slope), LARGEST_STEP) / 2 if scaled else 0
+    largest = max(np.abs(voxels).max(initial=0, where=np.isfinite(voxels)), abs(offset))
+    with np.errstate(invalid="ignore"):  # of infinities, which stay
+        whole = np.rint(voxels)
+        near = np.abs(voxels - whole) <= step + FLOAT32 * largest
+    return np.where(near, whole, voxels), image
+
+
 def read_mask(volume: Volume | MaskSource) -> tuple[np.ndarray, nib.Nifti1Image]:
     """Reads a binary mask: 0 and one other number, whichever it is.
 
@@ -302,8 +323,42 @@ def read_mask(volume: Volume | MaskSource) -> tuple[np.ndarray, nib.Nifti1Image]
     """
     if isinstance(volume, MaskSource):
         return volume.read()
-    voxels, image = read_volume(volume)
-    name = name_of(volume)
+    voxels, image = read_labels(volume)
+    return as_mask(voxels, name_of(volume)), image
+
+
+def read_mask_on(volume: Volume | MaskSource, like: nib.Nifti1Image, other: str, advice: str) -> np.ndarray:
+    """Reads a binary mask in the order of another volume's voxels; see `align`.
+
+    Args:
+        volume: the mask.
+        like: what was read of the other volume.
+        other: its name.
+        advice: what to do with a mask that lies elsewhere.
+    """
+    mask, image = read_mask(volume)
+    return align(mask, image, like, name_of(volume), other, advice)
+
+
+def as_mask(voxels: np.ndarray, name: str) -> np.ndarray:
+    """The booleans of a binary mask: of an array with 0 and one other number, whichever it is.
+
+    Args:
+        voxels: (X, Y, Z), of any type of real numbers.
+        name: of the mask, for messages.
+
+    Raises:
+        ValueError: it is something else, NaN and infinities included.
+    """
+    if isinstance(voxels, (list, tuple, SpatialImage)) or not hasattr(voxels, "__array__"):
+        raise ValueError(f"{name} is a {type(voxels).__name__}: give an array (X, Y, Z) of 0 and 1.")
+    voxels = np.asarray(voxels)
+    if voxels.ndim != 3:
+        raise ValueError(f"{name} has shape {voxels.shape}: give a mask with three dimensions.")
+    if voxels.dtype == bool:
+        return voxels
+    if voxels.dtype.kind not in "iuf":
+        raise ValueError(f"{name} is an array of {voxels.dtype}: give one of 0 and 1.")
     mask = voxels != 0
     labels = np.unique(voxels[mask])
     if not np.isfinite(labels).all():
@@ -312,23 +367,18 @@ def read_mask(volume: Volume | MaskSource) -> tuple[np.ndarray, nib.Nifti1Image]
             f"{name} is not a binary mask: {counted(bad, 'voxel')} {'is' if bad == 1 else 'are'} NaN or infinite; "
             "make each 0 or 1."
         )
-    if labels.size > 1 or (labels < 0.5).any():
+    if labels.size > 1 or (labels <= 0.5).any():
         some = ", ".join(f"{label:g}" for label in labels[:3])
         raise ValueError(
             f"{name} is not a binary mask: besides 0 it has {some}{', ...' if labels.size > 3 else ''}; "
             "cut a probability map at a threshold, or keep one label, first."
         )
-    return mask, image
-
-
-def same_grid(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
-    """Whether two images have the same voxels in space, by their headers, to a thousandth of a mm."""
-    return one.shape[:3] == other.shape[:3] and np.allclose(one.affine, other.affine, rtol=0, atol=1e-3)
+    return mask
 
 
 def share_inside(one: nib.Nifti1Image, other: nib.Nifti1Image) -> float:
     """The share of an image's field of view that another covers, from 0 to 1, by their headers; no voxel is read."""
-    points = apply_affine(np.linalg.inv(other.affine) @ one.affine, _lattice(one.shape[:3], 16))
+    points = apply_affine(np.linalg.inv(other.affine) @ one.affine, lattice(one.shape[:3], 16))
     return float(((points >= -0.5) & (points <= np.array(other.shape[:3]) - 0.5)).all(-1).mean())
 
 
@@ -353,9 +403,3 @@ def check_views(first: Volume, one: nib.Nifti1Image, second: Volume, other: nib.
             f"{name_of(second)} covers {100 * covered:.0f} % of the field of view of {name_of(first)} by their "
             "headers: register one to the other, or repair the headers."
         )
-
-
-def _lattice(shape: tuple[int, ...], most: int) -> np.ndarray:
-    """Voxel coordinates ``(points, 3)`` spread evenly over a grid, corners included, at most so many along an axis."""
-    axes = [np.linspace(0, size - 1, max(1, min(size, most))) for size in shape]
-    return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)

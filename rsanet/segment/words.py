@@ -1,6 +1,10 @@
-"""Words of messages that several places use."""
+"""Words of messages that several places use, and the warning that tells of data."""
 
 from collections.abc import Sequence
+
+
+class DataWarning(UserWarning):
+    """Something in the data that the user should know of and that stops nothing."""
 
 
 def counted(number: int, noun: str) -> str:

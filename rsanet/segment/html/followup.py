@@ -8,6 +8,7 @@ from nibabel.affines import apply_affine
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
+from rsanet.segment.geometry import ALIKE, offsets
 from rsanet.segment.html.lesions import Lesion, list_lesions
 from rsanet.segment.html.mosaics import choose_slices, draw_slice
 from rsanet.segment.html.pictures import PLANES, Frame, Picture
@@ -166,7 +167,8 @@ def _if_large(fate: str, lesion: Lesion, criteria: Criteria) -> str:
 
 def _carried(voxels: Array, carry: Array, shape: Sequence[int]) -> Array:
     """The voxels (N, 3) of another grid that the middles of these lie in; none of those outside of it."""
-    there = np.unique(np.round(apply_affine(carry, voxels)).astype(int), axis=0)
+    # A little less than half up: of grids half a voxel apart, all voxels go the same way, whatever the rounding.
+    there = np.unique(np.floor(apply_affine(carry, voxels) + 0.5 - ALIKE).astype(int), axis=0)
     return there[((there >= 0) & (there < shape)).all(1)]
 
 
@@ -210,7 +212,7 @@ def follow(
     order = list(FATES)
     changes.sort(key=lambda change: (order.index(change.fate), -change.lesion.volume_mm3))
     counts = {fate: sum(change.fate == fate for change in changes) for fate in FATES}
-    loads = [sum(lesion.volume_mm3 for lesion in every) for every in (earlier, predicted)]
+    loads = [int(np.count_nonzero(scan.prediction)) * scan.voxel_mm3 for scan in (before, now)]
     pairs = _draw_pairs(before, now, earlier, changes, carry, frame)
     return FollowUp(before.name, changes, counts, *loads, pairs, criteria)
 
@@ -246,7 +248,8 @@ def _resampled(before: Scan, now: Scan) -> Array:
     """The earlier image on the later grid, by the headers."""
     from scipy import ndimage
 
-    if before.prediction.shape == now.prediction.shape and np.allclose(before.affine, now.affine, rtol=0, atol=1e-3):
+    shape = now.prediction.shape
+    if before.prediction.shape == shape and np.abs(offsets(shape, before.affine, now.affine)).max() < ALIKE:
         return before.image
     carry = np.linalg.inv(before.affine) @ now.affine
-    return ndimage.affine_transform(before.image, carry[:3, :3], carry[:3, 3], now.prediction.shape, order=1)
+    return ndimage.affine_transform(before.image, carry[:3, :3], carry[:3, 3], shape, order=1)

@@ -133,13 +133,13 @@ def make_page(
     mosaics = draw_mosaics(scan, lesions, frame)
     metrics = None
     if scan.reference is not None:
-        metrics = evaluate_case(scan.prediction, scan.reference, scan.spacing, protocol, subject=scan.name)
+        metrics = evaluate_case(scan.prediction, scan.reference, scan.affine, protocol, subject=scan.name)
     follow_up = follow(before, scan, lesions, frame, protocol) if before else None
     thumbnail = max(mosaics[0].pictures, key=lambda picture: len(picture.outlines))
     page = Page(
         scan.name,
         page_file(scan.name),
-        float(scan.prediction.sum() * scan.voxel_mm3),
+        int(np.count_nonzero(scan.prediction)) * scan.voxel_mm3,
         lesions,
         metrics,
         follow_up,

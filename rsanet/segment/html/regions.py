@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+from rsanet.segment.geometry import is_sheared
 from rsanet.segment.volumes import tissue_mask
 
 Array = np.ndarray
@@ -76,7 +78,9 @@ def tell_regions(images: Mapping[str, Array], affine: Array, lesions: Sequence[A
     known = {name: image for name, image in images.items() if name in DARK}
     if not known:
         return Regions(nowhere, "Regions are told from a FLAIR or a T1w image, and there is neither.")
-    spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    if is_sheared(affine):
+        return Regions(nowhere, "Regions are told on voxels that are boxes, and those of this scan are sheared.")
+    spacing = voxel_sizes(affine)
     image = next(iter(known.values()))
     if not is_stripped(image):
         return Regions(

@@ -10,6 +10,7 @@ import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
 
 from rsanet.segment.cases import Case
+from rsanet.segment.geometry import align, is_sheared, same_grid, to_canonical, voxel_volume
 from rsanet.segment.lists import read_json
 from rsanet.segment.raters import ignored_voxels
 from rsanet.segment.volumes import (
@@ -19,13 +20,17 @@ from rsanet.segment.volumes import (
     read_image,
     read_mask,
     read_volume,
-    same_grid,
     stem,
 )
-from rsanet.segment.words import counted, sizes
+from rsanet.segment.words import counted
 
 Array = np.ndarray
 
+SHEARED = (
+    "The voxels of this scan are sheared, and the pictures show them as boxes; volumes and distances are those of the "
+    "sheared voxels."
+)
+ALONE = "a page shows no masks on different grids: bring one to the other's"  # what to do with a mask that lies apart
 STRAIGHT = 1.0  # degrees; axes turned by less are not worth a remark
 AXES = ("x", "y", "z")
 
@@ -75,7 +80,7 @@ class Scan:
     @property
     def voxel_mm3(self) -> float:
         """Volume of a voxel."""
-        return float(abs(np.linalg.det(self.affine[:3, :3])))
+        return voxel_volume(self.affine)
 
     def position(self, axis: int, index: int) -> float:
         """World mm along an axis of the middle of a slice."""
@@ -111,14 +116,16 @@ def read_scan(case: Case, contrasts: Sequence[str], mask: Path) -> Scan:
         images[name], note = _image_on(grid, mask, case.pick([name])[name], name)
         notes += note
     prediction = np.asarray(grid.dataobj) > 0
-    reference, uncounted = _reference_on(grid, mask, case.pick_mask())
+    reference, uncounted = _reference_on(file, mask, case.pick_mask())
     if uncounted is not None and (left_out := np.count_nonzero(prediction & uncounted)):
         prediction &= ~uncounted
         notes.append(
             f"{counted(left_out, 'predicted voxel')} of other pathology: not shown, and neither right nor wrong."
         )
-    probability = _probability_on(grid, mask)
-    if (angle := _obliqueness(grid.affine)) > STRAIGHT:
+    probability = _probability_on(file, mask)
+    if is_sheared(grid.affine):
+        notes.append(SHEARED)
+    elif (angle := _obliqueness(grid.affine)) > STRAIGHT:
         notes.append(f"The slices follow the scan, which is turned by {angle:.0f}° from the axes of the scanner.")
     return Scan(
         case.id,
@@ -137,9 +144,9 @@ def read_scan(case: Case, contrasts: Sequence[str], mask: Path) -> Scan:
 
 def _canonical(voxels: Array, affine: Array) -> nibabel.Nifti1Image:
     voxels = voxels.astype(np.uint8) if voxels.dtype == bool else voxels
-    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
+    turned, affine = to_canonical(voxels, affine)
     # Files have the first axis run fastest; slices and labels are quicker the other way round.
-    return nibabel.Nifti1Image(np.ascontiguousarray(image.dataobj), image.affine)
+    return nibabel.Nifti1Image(np.ascontiguousarray(turned), affine)
 
 
 def _image_on(grid: nibabel.Nifti1Image, mask: Volume, path: Volume, name: str) -> tuple[Array, list[str]]:
@@ -156,32 +163,26 @@ def _image_on(grid: nibabel.Nifti1Image, mask: Volume, path: Volume, name: str) 
 
 
 def _reference_on(
-    grid: nibabel.Nifti1Image, mask: Volume, path: Path | MaskSource | None
+    file: nibabel.Nifti1Image, mask: Volume, path: Path | MaskSource | None
 ) -> tuple[Array | None, Array | None]:
-    """The reference, and where it says neither lesion nor none."""
+    """The reference, and where it says neither lesion nor none, on the canonical grid of the mask's file."""
     if path is None:
         return None, None
-    voxels, file = read_mask(path)
-    reference = _canonical(voxels, file.affine)
-    if not same_grid(reference, grid):
-        raise ValueError(
-            f"{mask} ({sizes(grid.shape)}) and the reference {path} ({sizes(reference.shape)}) are on different "
-            "grids: bring one to the other's."
-        )
-    ignored = ignored_voxels(path)
-    uncounted = None if ignored is None else np.asarray(_canonical(ignored, file.affine).dataobj) > 0
-    return np.asarray(reference.dataobj) > 0, uncounted
+    voxels, own = read_mask(path)
+    turned = [
+        None if part is None else to_canonical(align(part, own, file, str(path), str(mask), ALONE), file.affine)[0]
+        for part in (voxels, ignored_voxels(path))
+    ]
+    return turned[0], turned[1]
 
 
-def _probability_on(grid: nibabel.Nifti1Image, mask: Path) -> Array | None:
+def _probability_on(file: nibabel.Nifti1Image, mask: Path) -> Array | None:
     path = mask.with_name(f"{stem(mask).removesuffix('_mask')}_probseg{mask.name[len(stem(mask)) :]}")
     if not path.is_file():
         return None
-    voxels, file = read_volume(path)
-    probability = _canonical(voxels, file.affine)
-    if not same_grid(probability, grid):
-        raise ValueError(f"{path} is on another grid than {mask}: predict both again, or remove the one of them.")
-    return np.clip(np.nan_to_num(np.asarray(probability.dataobj, np.float32)), 0, 1)
+    voxels, own = read_volume(path)
+    turned = align(voxels, own, file, str(path), str(mask), "predict both again, or remove the one of them")
+    return np.clip(np.nan_to_num(to_canonical(turned, file.affine)[0]), 0, 1)
 
 
 def _read_sidecar(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from rsanet.segment.geometry import voxel_volume
 from rsanet.segment.simulation.painting import NEIGHBOURS
 
 Array = np.ndarray
@@ -25,7 +26,7 @@ def describe_lesions(mask: Array, affine: Array, kinds: Array, names: Sequence[s
         names: names of the kinds.
     """
     labels, _ = ndimage.label(mask, NEIGHBOURS)
-    voxel_mm3 = float(abs(np.linalg.det(affine[:3, :3])))
+    voxel_mm3 = voxel_volume(affine)
     described = []
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         inside = labels[box] == number
