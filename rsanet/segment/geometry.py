@@ -160,7 +160,7 @@ def _differences(shape: Sequence[int], image: nib.Nifti1Image, like: nib.Nifti1I
     found = []
     codes, wanted_codes = ("".join(map(str, nib.aff2axcodes(grid.affine))) for grid in (image, like))
     if codes != wanted_codes:
-        found.append(f"turned from {codes} to {wanted_codes}")
+        found.append(f"its orientation is {codes}, not {wanted_codes}")
     if turned != wanted:
         found.append(f"it has {sizes(turned)} voxels, not {sizes(wanted)}")
     here, there = voxel_sizes(affine), voxel_sizes(like.affine)

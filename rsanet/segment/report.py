@@ -15,6 +15,7 @@ from scipy import ndimage
 from rsanet.segment import files
 from rsanet.segment.geometry import align, to_canonical
 from rsanet.segment.metrics import PROTOCOLS, CaseMetrics, Protocol, evaluate_case
+from rsanet.segment.raters import ignored_voxels
 from rsanet.segment.volumes import MaskSource, as_mask, read_image, read_mask
 
 if TYPE_CHECKING:
@@ -106,21 +107,24 @@ class View:
             voxels = np.asarray(image.dataobj, dtype=np.float32)
         volume, canonical = to_canonical(voxels, image.affine)
         masks: list[Array | None] = []
+        ignored = np.zeros(voxels.shape, bool)  # by the reference, which comes first
         for mask, what in ((reference, "the reference"), (prediction, "the prediction")):
             if mask is None:
                 masks.append(None)
                 continue
             if isinstance(mask, (str, os.PathLike, MaskSource, SpatialImage)):
-                file = isinstance(mask, (str, os.PathLike, MaskSource))
-                found, own = read_mask(mask if file else _image(mask, None, what))
-                found = align(found, own, image, str(mask) if file else what, source, ADVICE)
+                named = what if isinstance(mask, SpatialImage) else str(mask)
+                found, own = read_mask(mask)
+                found = align(found, own, image, named, source, ADVICE)
+                if (part := ignored_voxels(mask)) is not None:
+                    ignored |= align(part, own, image, named, source, ADVICE)
             else:
                 found = as_mask(mask, what.capitalize())
                 if found.shape != voxels.shape:
                     raise ValueError(
                         f"{what.capitalize()} has shape {found.shape} and {source} {voxels.shape}: {ADVICE}."
                     )
-            masks.append(to_canonical(found, image.affine)[0])
+            masks.append(to_canonical(found & ~ignored, image.affine)[0])
         numbers = None
         if masks[0] is not None and masks[1] is not None:
             numbers = evaluate_case(masks[1], masks[0], canonical, protocol, subject=name)

@@ -278,7 +278,7 @@ def test_every_number_is_defined_for_empty_masks(name):
     ("pred", "message"),
     [
         (volume().astype(np.float32) + 0.5, "not a binary mask.*0.5.*threshold"),
-        (volume(CUBE) * 255, "not a binary mask.*255"),
+        (volume(CUBE) * 255 + volume(FAR), "not a binary mask: besides 0 it has 1, 255"),
         (np.full((12, 12, 12), np.nan), "not a binary mask"),
         (volume()[0], "three dimensions"),
         (volume(shape=(12, 12, 11)), r"\(12, 12, 11\).*\(12, 12, 12\)"),
