@@ -14,11 +14,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rsanet.segment.cases import Case
+from rsanet.segment.geometry import align, has_voxels_of
 from rsanet.segment.layouts import UNDERSTOOD, read_cases, resembled
 from rsanet.segment.lists import read_json
 from rsanet.segment.names import canonical
 from rsanet.segment.raters import RULES, RatersMask
-from rsanet.segment.volumes import check_views, read_image, read_mask_on
+from rsanet.segment.volumes import check_views, read_image, read_mask
 from rsanet.segment.words import counted
 
 # The order of channels where the user names none; other contrasts follow alphabetically.
@@ -131,10 +132,10 @@ def check_case(case: Case, contrasts: Sequence[str], *, require_mask: bool) -> N
     path = case.pick_mask()
     if path is None:
         raise ValueError(f"{case.id} has no lesion mask.")
-    advice = "resample it to that image, or repair its header"
-    if len(contrasts) > 1:
-        advice = f"put the contrast it was drawn on first in --contrasts, or {advice}"
-    read_mask_on(path, images[first], f"the {first} image", advice)
+    mask, image = read_mask(path)
+    drawn = next((name for name in contrasts[1:] if has_voxels_of(image, images[name])), None)
+    advice = f"put {drawn} first in --contrasts" if drawn else "resample it to that image, or repair its header"
+    align(mask, image, images[first], str(path), f"the {first} image", advice)
 
 
 def find_cases(

@@ -101,30 +101,48 @@ def align(
         ValueError: its voxels are not those of the other; with what differs.
     """
     shape, wanted = volume.shape, like.shape[:3]
-    turn = _turn(image.affine, like.affine)
-    if turn is not None:
-        turned = orientations.apply_orientation(volume, turn)
+    turn, off = _find_turn(shape, image.affine, wanted, like.affine)
+    if turn is None:
+        raise ValueError(
+            f"{name} ({sizes(shape)}) is on another grid than {other} ({sizes(wanted)}): "
+            f"{'; '.join(_differences(shape, image, like))}; {advice}."
+        )
+    if off:
         affine = image.affine @ orientations.inv_ornt_aff(turn, shape)
-        if turned.shape == wanted:
-            off = np.abs(offsets(wanted, affine, like.affine)).max()
-            if off < ALIKE:
-                return np.ascontiguousarray(turned)
-            if off < 1 - ALIKE and _turned(wanted, affine, like.affine) <= TURNED:
-                warnings.warn(
-                    f"{name} has the voxels of {other}, but by its header they lie "
-                    f"{_apart(affine, like.affine)} off: it is taken voxel by voxel.",
-                    DataWarning,
-                    stacklevel=1,
-                )
-                return np.ascontiguousarray(turned)
-    raise ValueError(
-        f"{name} ({sizes(shape)}) is on another grid than {other} ({sizes(wanted)}): "
-        f"{'; '.join(_differences(shape, image, like))}; {advice}."
-    )
+        warnings.warn(
+            f"{name} has the voxels of {other}, but by its header they lie {_apart(affine, like.affine)} off: it is "
+            "taken voxel by voxel.",
+            DataWarning,
+            stacklevel=1,
+        )
+    return np.ascontiguousarray(orientations.apply_orientation(volume, turn))
+
+
+def has_voxels_of(image: nib.Nifti1Image, like: nib.Nifti1Image) -> bool:
+    """Whether an image has the voxels of another, in whatever order it stores them, as `align` takes them."""
+    return _find_turn(image.shape[:3], image.affine, like.shape[:3], like.affine)[0] is not None
+
+
+def _find_turn(shape: Sequence[int], affine: Array, wanted: Sequence[int], like: Array) -> tuple[Array | None, bool]:
+    """The orientation (3, 2), as nibabel has it, that turns a grid to another, and whether an offset is left.
+
+    None where the voxels are others.
+    """
+    turn = _turn(affine, like)
+    if turn is None or _turned_shape(shape, turn) != tuple(wanted):
+        return None, False
+    affine = affine @ orientations.inv_ornt_aff(turn, shape)
+    off = np.abs(offsets(wanted, affine, like)).max()
+    taken = off < ALIKE or (off < 1 - ALIKE and _turned(wanted, affine, like) <= TURNED)
+    return (turn, bool(off >= ALIKE)) if taken else (None, False)
+
+
+def _turned_shape(shape: Sequence[int], turn: Array) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in np.argsort(turn[:, 0]))
 
 
 def _turn(affine: Array, like: Array) -> Array | None:
-    """The orientation (3, 2), as nibabel has it, that turns a grid's axes to another's; None where none does."""
+    """The orientation that turns a grid's axes to another's; None where none does."""
     steps = np.rint(np.linalg.solve(like, affine)[:3, :3])
     if not ((np.abs(steps).sum(0) == 1).all() and (np.abs(steps).sum(1) == 1).all()):
         return None
@@ -155,7 +173,7 @@ def _differences(shape: Sequence[int], image: nib.Nifti1Image, like: nib.Nifti1I
     """What tells a grid from another, a part of a sentence each."""
     wanted, affine = like.shape[:3], image.affine
     turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.io_orientation(like.affine))
-    turned = tuple(np.array(shape)[np.argsort(turn[:, 0])].tolist())
+    turned = _turned_shape(shape, turn)
     affine = affine @ orientations.inv_ornt_aff(turn, shape)
     found = []
     codes, wanted_codes = ("".join(map(str, nib.aff2axcodes(grid.affine))) for grid in (image, like))
@@ -183,12 +201,10 @@ def _forms(shape: Sequence[int], image: nib.Nifti1Image, like: nib.Nifti1Image) 
     """Where the qform of either header, which the sform overrides, puts the one on the other: that, in words."""
 
     def fits(affine: Array | None, other: Array | None) -> bool:
-        turn = None if affine is None or other is None else _turn(affine, other)
-        if turn is None:
+        if affine is None or other is None:
             return False
-        turned = affine @ orientations.inv_ornt_aff(turn, shape)
-        size = tuple(np.array(shape)[np.argsort(turn[:, 0])].tolist())
-        return size == like.shape[:3] and bool(np.abs(offsets(size, turned, other)).max() < ALIKE)
+        turn, off = _find_turn(shape, affine, like.shape[:3], other)
+        return turn is not None and not off
 
     ours, theirs = _unused_qform(image), _unused_qform(like)
     if fits(ours, like.affine):

@@ -311,7 +311,7 @@ def _ratio(part: int, whole: int) -> float:
 # --- surfaces ---------------------------------------------------------------------------------------------
 
 
-def surface_distances(pred: Array, ref: Array, affine: Array) -> tuple[float, float]:
+def surface_distances(pred: Array, ref: Array, spacing: Sequence[float] | Array) -> tuple[float, float]:
     """HD95 and ASSD of two masks.
 
     The surface of a mask is its voxels with a neighbour outside by a face; the border of the volume is outside.
@@ -320,7 +320,7 @@ def surface_distances(pred: Array, ref: Array, affine: Array) -> tuple[float, fl
     Args:
         pred: (X, Y, Z), boolean.
         ref: same shape.
-        affine: voxel to world mm.
+        spacing: three voxel sizes in mm, or the affine (4, 4).
 
     Returns:
         In mm, the larger of the two directed 95th percentiles, and the mean over the surface voxels of both masks;
@@ -328,6 +328,7 @@ def surface_distances(pred: Array, ref: Array, affine: Array) -> tuple[float, fl
     """
     if not (pred.any() and ref.any()):
         return math.nan, math.nan
+    affine = affine_of(spacing)
     points = [places(np.argwhere(mask & ~ndimage.binary_erosion(mask)), affine) for mask in (pred, ref)]
     # A tree over the surface voxels takes a tenth of the time of a distance transform of the box around them.
     to_ref, to_pred = KDTree(points[1]).query(points[0])[0], KDTree(points[0]).query(points[1])[0]

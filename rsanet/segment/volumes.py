@@ -352,7 +352,10 @@ def as_mask(voxels: np.ndarray, name: str) -> np.ndarray:
     """
     if isinstance(voxels, (list, tuple, SpatialImage)) or not hasattr(voxels, "__array__"):
         raise ValueError(f"{name} is a {type(voxels).__name__}: give an array (X, Y, Z) of 0 and 1.")
-    voxels = np.asarray(voxels)
+    try:
+        voxels = np.asarray(voxels)
+    except (TypeError, RuntimeError) as error:  # a tensor on another device, or one that has a gradient
+        raise ValueError(f"{name} is no array of NumPy and cannot be made one: {error}") from error
     if voxels.ndim != 3:
         raise ValueError(f"{name} has shape {voxels.shape}: give a mask with three dimensions.")
     if voxels.dtype == bool:

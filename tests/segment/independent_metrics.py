@@ -102,14 +102,32 @@ def percentile(values, share):
     return values[low] + (rank - low) * (values[high] - values[low])
 
 
+def edges_of(spacing):
+    """The edges of a voxel as vectors in mm, of three sizes or of the rows of an affine."""
+    if len(spacing) == 3:
+        return [tuple(size if n == axis else 0 for n in range(3)) for axis, size in enumerate(spacing)]
+    return [tuple(row[axis] for row in spacing[:3]) for axis in range(3)]
+
+
+def volume_of(spacing):
+    """The volume between the three edges of a voxel."""
+    if len(spacing) == 3:
+        return math.prod(spacing)
+    (a, b, c), (d, e, f), (g, h, i) = edges_of(spacing)
+    return abs(a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g))
+
+
 def distances(pred, ref, spacing):
     """HD95 and ASSD in mm: every surface voxel to the nearest one of the other mask."""
     if not pred or not ref:
         return NAN, NAN
     ones, others = surface(pred), surface(ref)
 
+    edges = edges_of(spacing)
+
     def apart(one, other):
-        return math.hypot(*(size * (a - b) for size, a, b in zip(spacing, one, other, strict=True)))
+        steps = [a - b for a, b in zip(one, other, strict=True)]
+        return math.hypot(*(sum(edge[n] * step for edge, step in zip(edges, steps, strict=True)) for n in range(3)))
 
     there = [min(apart(one, other) for other in others) for one in ones]
     back = [min(apart(one, other) for one in ones) for other in others]
@@ -126,7 +144,7 @@ def case(pred, ref, spacing, name="custom", *, axes=None, least_iou=None, least_
     Args:
         pred: set of coordinates.
         ref: likewise.
-        spacing: mm.
+        spacing: mm, or the rows of an affine.
         name: of the protocol.
         axes: along how many axes voxels of one lesion may differ; the protocol's by default.
         least_iou: likewise.
@@ -135,7 +153,7 @@ def case(pred, ref, spacing, name="custom", *, axes=None, least_iou=None, least_
     own_axes, rule, own_mm3 = RULES[name]
     axes, least_mm3 = axes or own_axes, own_mm3 if least_mm3 is None else least_mm3
     rule = least_iou if least_iou else rule
-    voxel_mm3 = math.prod(spacing)
+    voxel_mm3 = volume_of(spacing)
     here, there = (large(flood(mask, axes), voxel_mm3, least_mm3, rule == "msseg") for mask in (pred, ref))
 
     def found(lesion, others, same):

@@ -354,6 +354,15 @@ def test_training_refuses_a_mask_elsewhere_in_its_check_and_where_it_is_read(tmp
         check_case(find_cases(root, ["FLAIR"], require_mask=False)[0], ["FLAIR"], require_mask=True)
 
 
+def test_the_contrast_that_a_mask_was_drawn_on_is_named(tmp_path, phantoms):
+    root = phantoms.write_cohort(tmp_path / "data", 1)
+    other = oblique((1, 1, 1), (2, 0, 0), (0, 0, 0))
+    save(phantoms.image_path(root, "sub-001", "T2w"), phantoms.make_subject(1)[0]["T2w"].astype(np.float32), other)
+    save(phantoms.mask_path(root, "sub-001"), *turned(phantoms.make_subject(1)[1], other, TURNS[7]))
+    with pytest.raises(ValueError, match=r"turned by 2\.0°; put T2w first in --contrasts\.$"):
+        find_cases(root, require_mask=True)
+
+
 def test_raters_may_store_their_masks_in_any_order(tmp_path):
     masks = [pair(seed)[0] for seed in range(3)]
     affine = oblique((1, 1, 2))

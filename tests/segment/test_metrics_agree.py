@@ -15,6 +15,11 @@ from segment.independent_metrics import RULES, case, isbi_score, voxels
 from rsanet.segment.metrics import PROTOCOLS, Protocol, evaluate_case
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.9, 0.9, 3.0), (2.0, 0.5, 1.25), (0.75, 1.0, 4.0)]
+# Sheared along one axis, and along all of them with an axis that runs backwards.
+SHEARED = [
+    [[2.0, 0.0, 0.0, 5.0], [0.0, 2.0, 1.6, -3.0], [0.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 1.0]],
+    [[0.25, -1.0, 0.5, 0.0], [1.5, 0.25, 0.0, 0.0], [0.5, 0.75, 2.5, 9.0], [0.0, 0.0, 0.0, 1.0]],
+]
 CONNECTIVITY = {6: 1, 18: 2, 26: 3}
 
 
@@ -79,7 +84,7 @@ FULL = np.ones((3, 4, 2), bool)
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 @settings(max_examples=60, deadline=None)
-@given(pair=masks(), spacing=st.sampled_from(SPACINGS))
+@given(pair=masks(), spacing=st.sampled_from(SPACINGS + SHEARED))
 @example((EMPTY, EMPTY), SPACINGS[1])
 @example((FULL, EMPTY), SPACINGS[1])
 @example((EMPTY, FULL), SPACINGS[1])
@@ -100,7 +105,7 @@ def test_every_protocol_agrees_with_its_words(name, pair, spacing):
 @settings(max_examples=60, deadline=None)
 @given(
     pair=masks(),
-    spacing=st.sampled_from(SPACINGS),
+    spacing=st.sampled_from(SPACINGS + SHEARED),
     connectivity=st.sampled_from(list(CONNECTIVITY)),
     overlap=st.sampled_from([0, 0.1, 0.25, 1 / 3, 0.5, 1]),
     minimum=st.sampled_from([0, 1, 2.43, 5, 12]),
