@@ -64,7 +64,8 @@ def places(voxels: Array, affine: Array) -> Array:
 def to_canonical(volume: Array, affine: Array) -> tuple[Array, Array]:
     """A volume (X, Y, Z) with axes that run as closely to right, anterior and superior as they can, and its affine."""
     turn = orientations.io_orientation(affine)
-    turned = orientations.apply_orientation(volume, turn)
+    # Files have the first axis run fastest; slices and labels are quicker the other way round.
+    turned = np.ascontiguousarray(orientations.apply_orientation(volume, turn))
     return turned, affine @ orientations.inv_ornt_aff(turn, volume.shape)
 
 
@@ -110,8 +111,8 @@ def align(
     if off:
         affine = image.affine @ orientations.inv_ornt_aff(turn, shape)
         warnings.warn(
-            f"{name} has the voxels of {other}, but by its header they lie {_apart(affine, like.affine)} off: it is "
-            "taken voxel by voxel.",
+            f"{name} has the voxels of {other}, but by its header they lie {_farthest(wanted, affine, like.affine)} "
+            "off: it is taken voxel by voxel.",
             DataWarning,
             stacklevel=1,
         )
@@ -162,10 +163,15 @@ def _turned(shape: Sequence[int], affine: Array, like: Array) -> float:
     return float((np.abs(bent - np.diag(np.diag(bent))) @ half).max())
 
 
-def _apart(affine: Array, like: Array) -> str:
-    """How far the first voxels of two grids are apart, in words."""
-    way = affine[:3, 3] - like[:3, 3]
-    steps = np.linalg.solve(like[:3, :3], way)
+def _farthest(shape: Sequence[int], affine: Array, like: Array) -> str:
+    """How far the corner is that lies farthest from the same voxel of another grid, in words."""
+    off = offsets(shape, affine, like)
+    return _way(off[np.abs(off).max(1).argmax()], like)
+
+
+def _way(steps: Array, affine: Array) -> str:
+    """A way (3,) in voxels, in words."""
+    way = affine[:3, :3] @ steps
     return f"{np.linalg.norm(way):.3g} mm ({', '.join(f'{round(step, 2) + 0.0:g}' for step in steps)} voxels)"
 
 
@@ -189,8 +195,9 @@ def _differences(shape: Sequence[int], image: nib.Nifti1Image, like: nib.Nifti1I
     cosines = ((affine[:3, :3] / here) * (like.affine[:3, :3] / there)).sum(0)
     if (angle := np.degrees(np.arccos(np.clip(cosines, -1, 1))).max()) >= 0.05:
         found.append(f"its axes are turned by {angle:.1f}°")
-    if np.abs(np.linalg.solve(like.affine[:3, :3], affine[:3, 3] - like.affine[:3, 3])).max() >= ALIKE:
-        found.append(f"its origin is {_apart(affine, like.affine)} off")
+    way = np.linalg.solve(like.affine[:3, :3], affine[:3, 3] - like.affine[:3, 3])
+    if np.abs(way).max() >= ALIKE:
+        found.append(f"its origin is {_way(way, like.affine)} off")
     if not any(int(image.header[code]) for code in ("sform_code", "qform_code")):
         found.append("its header has neither qform nor sform")
     found += _forms(shape, image, like)

@@ -10,7 +10,7 @@ import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
 
 from rsanet.segment.cases import Case
-from rsanet.segment.geometry import align, is_sheared, same_grid, to_canonical, voxel_volume
+from rsanet.segment.geometry import align, has_voxels_of, is_sheared, to_canonical, voxel_volume
 from rsanet.segment.lists import read_json
 from rsanet.segment.raters import ignored_voxels
 from rsanet.segment.volumes import (
@@ -110,22 +110,21 @@ def read_scan(case: Case, contrasts: Sequence[str], mask: Path) -> Scan:
         raise ValueError(f"{case.id} has no images.")
     notes = [] if shown == "FLAIR" else [f"There is no FLAIR image: {shown} is shown."]
     voxels, file = read_mask(mask)
-    grid = _canonical(voxels, file.affine)
+    prediction, affine = to_canonical(voxels, file.affine)
     images = {}
     for name in dict.fromkeys((shown, *(["T1w"] if "T1w" in case.images else []))):
-        images[name], note = _image_on(grid, mask, case.pick([name])[name], name)
+        images[name], note = _image_on(file, mask, case.pick([name])[name], name)
         notes += note
-    prediction = np.asarray(grid.dataobj) > 0
     reference, uncounted = _reference_on(file, mask, case.pick_mask())
     if uncounted is not None and (left_out := np.count_nonzero(prediction & uncounted)):
-        prediction &= ~uncounted
+        prediction = prediction & ~uncounted
         notes.append(
             f"{counted(left_out, 'predicted voxel')} of other pathology: not shown, and neither right nor wrong."
         )
     probability = _probability_on(file, mask)
-    if is_sheared(grid.affine):
+    if is_sheared(affine):
         notes.append(SHEARED)
-    elif (angle := _obliqueness(grid.affine)) > STRAIGHT:
+    elif (angle := _obliqueness(affine)) > STRAIGHT:
         notes.append(f"The slices follow the scan, which is turned by {angle:.0f}° from the axes of the scanner.")
     return Scan(
         case.id,
@@ -134,7 +133,7 @@ def read_scan(case: Case, contrasts: Sequence[str], mask: Path) -> Scan:
         prediction,
         reference,
         probability,
-        grid.affine,
+        affine,
         file.affine,
         file.shape[:3],
         _read_sidecar(mask.with_name(stem(mask) + ".json"), notes),
@@ -142,24 +141,18 @@ def read_scan(case: Case, contrasts: Sequence[str], mask: Path) -> Scan:
     )
 
 
-def _canonical(voxels: Array, affine: Array) -> nibabel.Nifti1Image:
-    voxels = voxels.astype(np.uint8) if voxels.dtype == bool else voxels
-    turned, affine = to_canonical(voxels, affine)
-    # Files have the first axis run fastest; slices and labels are quicker the other way round.
-    return nibabel.Nifti1Image(np.ascontiguousarray(turned), affine)
-
-
-def _image_on(grid: nibabel.Nifti1Image, mask: Volume, path: Volume, name: str) -> tuple[Array, list[str]]:
-    """An image on the mask's grid, by the headers, and a remark where it had another."""
+def _image_on(file: nibabel.Nifti1Image, mask: Volume, path: Volume, name: str) -> tuple[Array, list[str]]:
+    """An image on the canonical grid of the mask's file, and a remark where it was resampled, by the headers."""
     from nibabel.processing import resample_from_to
 
-    voxels, file = read_image(path)
-    image = _canonical(voxels, file.affine)
-    if same_grid(image, grid):
-        return np.asarray(image.dataobj, np.float32), []
-    check_views(mask, grid, path, image)
-    resampled = resample_from_to(image, (grid.shape, grid.affine), order=1)
-    return np.asarray(resampled.dataobj, np.float32), [f"{name} is shown on the grid of the mask, by the headers."]
+    voxels, own = read_image(path)
+    if has_voxels_of(own, file):
+        turned = align(voxels, own, file, str(path), str(mask), ALONE)
+        return to_canonical(turned, file.affine)[0], []
+    check_views(mask, file, path, own)
+    turned = resample_from_to(nibabel.Nifti1Image(voxels, own.affine), (file.shape[:3], file.affine), order=1)
+    shown = to_canonical(np.asarray(turned.dataobj, np.float32), file.affine)[0]
+    return shown, [f"{name} is shown on the grid of the mask, by the headers."]
 
 
 def _reference_on(
