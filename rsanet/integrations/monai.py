@@ -41,7 +41,7 @@ def list_images(data: str | os.PathLike, contrasts: Sequence[str]) -> list[dict[
 
 
 class LoadContrasts(Transform):
-    """Reads the files under ``image`` into one volume ``(C, ...)`` on the grid of the first of them.
+    """Reads the files under ``image`` into one volume ``(C, ...)`` on the grid of the first, and ``tissue`` beside it.
 
     Args:
         contrasts: what the files are, in channel order; for messages.

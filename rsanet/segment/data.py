@@ -41,7 +41,7 @@ from rsanet.segment.volumes import (
     check_views,
     load_grid,
     name_of,
-    read_image,
+    read_contrast,
     read_mask_on,
     same_grid,
     tissue_mask,
@@ -100,30 +100,43 @@ class Preparation(Compose):
 
 
 class LoadCase(Transform):
-    """Reads a `Case`: ``image`` ``(C, ...)`` on the grid of its first contrast, and ``mask`` ``(1, ...)``."""
+    """Reads a `Case` on the grid of its first contrast.
+
+    ``image`` is ``(C, ...)``; ``tissue``, of the same size, is 1 where a contrast shows tissue; ``mask`` is
+    ``(1, ...)``.
+    """
 
     def __call__(self, case: Case) -> dict[str, Any]:
         """Contrasts on other grids are resampled, by their headers."""
         volumes: list[Tensor] = []
+        tissues: list[Tensor] = []
         grid: nib.Nifti1Image | None = None
         first = next(iter(case.images.values()), None)
         for path in case.images.values():
-            voxels, image = read_image(path)
-            volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(image.affine))
+            voxels, shown, image = read_contrast(path)
+            affine = torch.from_numpy(image.affine)
+            volume = MetaTensor(torch.from_numpy(voxels)[None], affine=affine)
+            tissue = MetaTensor(torch.from_numpy(shown.astype(np.uint8))[None], affine=affine)
             if grid is None:
                 grid = image
             elif not same_grid(grid, image):
                 check_views(first, grid, path, image)
-                volume = SpatialResample(mode="bilinear", padding_mode="zeros")(
-                    volume, dst_affine=torch.from_numpy(grid.affine), spatial_size=grid.shape[:3]
-                )
-                # Beside the background, an interpolation at the very voxels leaves next to 0 what was 0.
+                there = {"dst_affine": torch.from_numpy(grid.affine), "spatial_size": grid.shape[:3]}
+                # Where the contrast ends there is no tissue; its last voxels are not mixed with what is beyond.
+                volume = SpatialResample(mode="bilinear", padding_mode="border")(volume, **there)
+                tissue = SpatialResample(mode="nearest", padding_mode="zeros")(tissue, **there)
+                # An interpolation at the very voxels leaves next to 0 what was 0.
                 volume = torch.where(volume.abs() < ROUNDING * volume.abs().max(), 0, volume)
             volumes.append(volume.as_tensor().float())
+            tissues.append(tissue.as_tensor().to(torch.uint8))
         if grid is None:
             raise ValueError(f"{case.id} has no images.")
         affine = torch.from_numpy(grid.affine)
-        loaded: dict[str, Any] = {"case": case.id, "image": MetaTensor(torch.cat(volumes), affine=affine)}
+        loaded: dict[str, Any] = {
+            "case": case.id,
+            "image": MetaTensor(torch.cat(volumes), affine=affine),
+            "tissue": MetaTensor(torch.cat(tissues), affine=affine),
+        }
         if case.mask is not None:
             mask = read_mask_on(case.mask, grid, name_of(first), "resample it to that image, or repair its header")
             mask = torch.from_numpy(mask.astype(np.uint8))
@@ -132,13 +145,22 @@ class LoadCase(Transform):
 
 
 class NormalizeForeground(Transform):
-    """Gives the tissue of each channel mean 0 and standard deviation 1; exact zeros stay zero, like padding."""
+    """Gives the tissue of each channel mean 0 and standard deviation 1; what is no tissue becomes 0, like padding.
+
+    Args:
+        tissue: the entry that says where each channel shows tissue, which is left out of the result; None finds the
+            tissue in the image as it is.
+    """
+
+    def __init__(self, tissue: str | None = None) -> None:
+        self.tissue = tissue
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """Leaves every other entry as it is."""
         image = data["image"]
+        tissues = foreground(image) if self.tissue is None else data[self.tissue].as_tensor() > 0
         normalized = []
-        for channel, tissue in zip(image.as_tensor(), foreground(image), strict=True):
+        for channel, tissue in zip(image.as_tensor(), tissues, strict=True):
             values = channel[tissue]
             if values.numel() == 0:
                 raise ValueError(
@@ -146,8 +168,8 @@ class NormalizeForeground(Transform):
                     "register one to the other, or repair the headers."
                 )
             deviation = values.std(correction=0).clamp_min(1e-6)
-            normalized.append(torch.where(channel == 0, 0.0, (channel - values.mean()) / deviation))
-        result = dict(data)
+            normalized.append(torch.where(tissue, (channel - values.mean()) / deviation, 0.0))
+        result = {key: value for key, value in data.items() if key != self.tissue}
         result["image"] = MetaTensor(torch.stack(normalized), meta=image.meta)
         result["image"].applied_operations = image.applied_operations
         return result
@@ -159,15 +181,16 @@ def preprocessing(spacing: Sequence[float] | None = None) -> Preparation:
     Args:
         spacing: voxel size in mm to resample to, or None to keep the images' own.
     """
-    keys = ("image", "mask")
+    # The tissue goes along: on a grid of other voxels it might be seen otherwise.
+    keys = ("image", "tissue", "mask")
     steps: list[Transform] = [
         LoadCase(),
         Orientationd(keys, ORIENTATION, labels=None, allow_missing_keys=True),
     ]
     if spacing is not None:
-        steps.append(Spacingd(keys, tuple(spacing), mode=("bilinear", "nearest"), allow_missing_keys=True))
-    steps.append(CropForegroundd(keys, "image", select_fn=foreground, allow_missing_keys=True, allow_smaller=True))
-    steps.append(NormalizeForeground())
+        steps.append(Spacingd(keys, tuple(spacing), mode=("bilinear", "nearest", "nearest"), allow_missing_keys=True))
+    steps.append(CropForegroundd(keys, "tissue", allow_missing_keys=True, allow_smaller=True))
+    steps.append(NormalizeForeground("tissue"))
     return Preparation(steps)
 
 

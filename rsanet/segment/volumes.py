@@ -19,6 +19,7 @@ from rsanet.segment.formats import FORMATS, is_other_format, is_series, read_oth
 from rsanet.segment.geometry import align, lattice
 from rsanet.segment.geometry import same_grid as same_grid
 from rsanet.segment.recipe import LARGEST_VOXEL, SMALLEST_VOXEL
+from rsanet.segment.tissue import LEAST_TISSUE, tissue_mask
 from rsanet.segment.words import DataWarning, counted, sizes
 
 # nibabel tells of what it mends in a header on stderr, without the file's name; what matters is told below.
@@ -38,7 +39,6 @@ CONVERTERS = {
 ROUNDING = 2e-5  # of the largest value; the scaled integers of 16 bits and an interpolation leave less beside 0
 LARGEST_STEP = 0.1  # of a slope whose rounding is taken back; a coarser one may mean what it says
 FLOAT32 = 1e-6  # of the largest value: what a file that stores 32 bits leaves of a whole number
-LEAST_TISSUE = 0.001  # of the voxels of an image; the head in a generous field of view takes a tenth
 LEAST_SHARED, LEAST_COVERED = 0.5, 0.1  # of a field of view; see check_views
 
 Volume: TypeAlias = str | os.PathLike | SpatialImage
@@ -225,27 +225,21 @@ def _compare_forms(image: nib.Nifti1Image, name: str) -> None:
         )
 
 
-def tissue_mask(voxels: np.ndarray) -> np.ndarray:
-    """Where an image ``(X, Y, Z)`` shows tissue, not background, as booleans; its finite voxels decide.
-
-    The background of a skull-stripped or normalized image is exactly zero. Elsewhere it is air, with noise, and
-    tissue is what is brighter than a tenth of the 99th percentile.
-    """
-    finite = np.isfinite(voxels)
-    known = voxels[finite]
-    zero = voxels == 0
-    air = known.size and known.min() >= 0 and np.count_nonzero(zero) < 0.02 * known.size
-    return finite & (voxels > 0.1 * np.percentile(known, 99) if air else ~zero)
-
-
 def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """As `read_contrast`, without the tissue."""
+    voxels, _, image = read_contrast(volume)
+    return voxels, image
+
+
+def read_contrast(volume: Volume) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Image]:
     """Reads a contrast, which must show a head. NaN and infinities outside the head become 0, with a `DataWarning`.
 
     They are outside where no tissue touches them. Where they cover the faces of the volume, NaN is the mark of the
     background, as in SPM, and they are outside unless tissue encloses them.
 
     Returns:
-        As `read_volume`, every voxel finite, and exactly 0 what is 0 but for rounding.
+        The voxels as `read_volume` gives them, every one finite, and exactly 0 what is 0 but for rounding; where they
+        show tissue, as `tissue_mask`; and the image for its affine and header.
 
     Raises:
         ValueError: also where the image is the same everywhere, shows next to no tissue, or has voxels in the head
@@ -260,7 +254,7 @@ def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
         value = f"{known.flat[0]:g}" if known.size else "NaN or infinite"
         also = ", NaN or infinite" if count and known.size else ""
         raise ValueError(f"{name} is empty: every voxel is {value}{also}.")
-    voxels[np.abs(voxels) < ROUNDING * np.abs(known).max()] = 0  # a background is known by exact zeros
+    voxels[np.abs(voxels) < ROUNDING * np.abs(known).max()] = 0
     shown = tissue_mask(voxels)
     if np.count_nonzero(shown) < LEAST_TISSUE * shown.size:
         raise ValueError(
@@ -280,7 +274,7 @@ def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
             stacklevel=1,  # one place, so that it is told once, whoever reads the file again
         )
         voxels[bad] = 0
-    return voxels, image
+    return voxels, shown, image
 
 
 def _in_head(bad: np.ndarray, shown: np.ndarray) -> bool:
