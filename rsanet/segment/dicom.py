@@ -103,7 +103,7 @@ def read_series(itk: Any, folder: Path) -> tuple[np.ndarray, np.ndarray]:
             voxels[number] = _pixels(itk, each.file, itk.sitkFloat32)[0]
             continue
         if each.file not in stored:
-            stored[each.file] = _stored_pixels(itk, datasets(each.file))
+            stored[each.file] = _stored_pixels(itk, each.file, datasets(each.file))
         slope, intercept = each.scaling
         voxels[number] = stored[each.file][each.frame].astype(np.float64) * slope + intercept
     return voxels.T, affine
@@ -452,19 +452,23 @@ def _dataset(path: Path) -> Any:
             raise ValueError(f"{path} cannot be read: it is damaged or something else ({reason}).") from error
 
 
-def _stored_pixels(itk: Any, dataset: Any) -> np.ndarray:
+def _stored_pixels(itk: Any, path: Path, dataset: Any) -> np.ndarray:
     """The pixels ``(frames, rows, columns)`` of an enhanced file as they are stored.
 
     SimpleITK scales all frames by the first one's slope, so it gets a copy of the file that has none.
     """
+    bits = dataset.Rows * dataset.Columns * int(dataset.get("NumberOfFrames") or 1) * dataset.BitsAllocated
+    pixels = dataset.get("PixelData")
+    if pixels is not None and not dataset.file_meta.TransferSyntaxUID.is_encapsulated and 8 * len(pixels) < bits:
+        raise ValueError(f"{path} is damaged: it has fewer pixels than its header says.")
     dataset = dataset.copy()
     for name in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
         if name in dataset:
             del dataset[name]
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = MULTIFRAME
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "frames.dcm"
+        plain = Path(folder) / "frames.dcm"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dataset.save_as(path, enforce_file_format=True)
-        return _pixels(itk, path, itk.sitkFloat64)
+            dataset.save_as(plain, enforce_file_format=True)
+        return _pixels(itk, plain, itk.sitkFloat64)
