@@ -43,6 +43,7 @@ VOLUMES = {
 }
 DESCRIPTION, INSTANCE, IMAGE_TYPE = "0008|103e", "0008|0018", "0008|0008"
 POSITION, ORIENTATION, SPACING, THICKNESS = "0020|0032", "0020|0037", "0028|0030", "0018|0050"
+SCANNED_SPACING = "0018|2010"  # what a file has instead that no scanner made
 FRAMES, ROWS, COLUMNS, SLOPE = "0028|0008", "0028|0010", "0028|0011", "0028|1053"
 SAMPLES, COLOURS, BITS, HIGH_BIT = "0028|0002", "0028|0004", "0028|0101", "0028|0102"
 KIND = re.compile(rb"\x02\x00\x02\x00UI..([\d.]+)", re.DOTALL)  # at the beginning of a file
@@ -190,20 +191,20 @@ def _slices(itk: Any, folder: Path, path: Path, datasets: Any) -> list[Slice]:
     if SLOPE in tags and _numbers(tags[SLOPE], 1, path, "RescaleSlope")[0] == 0:
         raise ValueError(f"{path} has a RescaleSlope of 0: repair it, no scan is scaled by that.")
     volume = {name: tags[tag] for name, (tag, *_) in VOLUMES.items() if tag in tags}
-    where = [tags.get(tag, "") for tag in (POSITION, ORIENTATION, SPACING, THICKNESS)]
+    spacing = SPACING if SPACING in tags else SCANNED_SPACING
+    where = [tags.get(tag, "") for tag in (POSITION, ORIENTATION, spacing, THICKNESS)]
     return [_slice(path, None, size, where, tags.get(INSTANCE, ""), volume)]
 
 
 def _frames(path: Path, size: tuple[int, int], dataset: Any) -> list[Slice]:
     """The slices of an enhanced file, by the groups of tags that all share or that each has."""
     frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    count = int(dataset.get("NumberOfFrames") or 1)
     if not frames:
-        raise ValueError(
-            f"{path} does not say where its slices lie (ImagePositionPatient): export the series again from the "
-            "scanner."
-        )
-    if len(frames) != int(dataset.get("NumberOfFrames") or 1):
-        raise ValueError(f"{path} is damaged: it has {dataset.NumberOfFrames} frames and describes {len(frames)}.")
+        advice = "convert it with dcm2niix" if count > 1 else "export the series again from the scanner"
+        raise ValueError(f"{path} does not say where its slices lie (ImagePositionPatient): {advice}.")
+    if len(frames) != count:
+        raise ValueError(f"{path} is damaged: it has {counted(count, 'frame')} and describes {len(frames)}.")
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
     slices = []
     for number, frame in enumerate(frames):

@@ -143,6 +143,7 @@ def assert_at(found, pixels, where, orientation=AXIAL, tolerance=1e-3, spacing=S
 def test_each_slice_is_scaled_by_its_own_slope_in_whatever_order(tmp_path, kind, slopes, intercepts, order):
     most = min(np.iinfo(kind).max, 2**24)
     pixels = (stored(4, "f8") / 100 * most).astype(kind)
+    pixels[:, 0] = np.arange(8)
     pairs = list(zip(slopes, intercepts, strict=True))
     scaling = [{} if a is None else {"RescaleSlope": a, "RescaleIntercept": b} for a, b in pairs]
     series = write_series(tmp_path / "scan", pixels, places(4), each=scaling.__getitem__, names=range(4)[::order])
@@ -175,6 +176,15 @@ def test_slices_lie_where_their_tags_put_them_in_whatever_order(tmp_path, write_
     found = read_volume(series)
     assert_at(found, stored(5), where, orientation)
     assert np.allclose(load_grid(series).affine, found[1].affine)
+
+
+def test_a_file_that_no_scanner_made_has_its_pixel_spacing_by_another_name(tmp_path):
+    series = write_series(tmp_path, stored(3), places(3), NominalScannedPixelSpacing=SPACING)
+    for path in series.iterdir():
+        found = pydicom.dcmread(path)
+        del found.PixelSpacing
+        found.save_as(path)
+    assert_at(read_volume(series), stored(3), places(3))
 
 
 @pytest.mark.parametrize("digits", [6, 4, 3])
@@ -407,7 +417,7 @@ REFUSED = {
     ),
     "many frames without groups": (
         {"where": places(1), "NumberOfFrames": 2},
-        "does not say where its slices lie",
+        r"does not say where its slices lie \(ImagePositionPatient\): convert it with dcm2niix",
     ),
 }
 
