@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ TURNED = 2e-3  # a change of a direction's part that is another orientation
 SAME_PLACE = 0.01  # mm; or a share of the thickness, of slices of several volumes
 SAME_SHARE = 0.05
 UNEVEN = 0.1  # of the step from slice to slice
-MOST_SHIFT = 0.1  # mm that a slice may lie beside its place in the stack
+MOST_SHIFT = 0.1  # mm that a slice may lie beside its place in the stack, which positions in tenths of a mm do
 MOST_DRIFT, DRIFT_SHARE = 0.05, 0.01  # mm that a stack may drift sideways in all; or a share of its extent
 
 # What the slices of two volumes at one place may differ in: where a file of one slice has it, and an enhanced one.
@@ -92,6 +92,12 @@ def read_series(itk: Any, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         ValueError: it is no series of one volume whose slices follow each other evenly.
         RuntimeError: SimpleITK cannot read a file.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pydicom, about values that are not used or are refused here
+        return _read(itk, folder)
+
+
+def _read(itk: Any, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     datasets = cache(_dataset)  # those of enhanced files, read once
     slices = [each for path in _series_files(itk, folder) for each in _slices(itk, folder, path, datasets)]
     _check_alike(folder, slices)
@@ -208,12 +214,7 @@ def _frames(path: Path, size: tuple[int, int], dataset: Any) -> list[Slice]:
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
     slices = []
     for number, frame in enumerate(frames):
-
-        def value(group: str, name: str, own: Any = frame) -> str:
-            items = own.get(group) or shared.get(group) or [{}]
-            found = items[0].get(name)
-            return "" if found is None else "\\".join(map(str, [found] if isinstance(found, str) else _listed(found)))
-
+        value = partial(_value, path, frame, shared)
         where = [
             value("PlanePositionSequence", "ImagePositionPatient"),
             value("PlaneOrientationSequence", "ImageOrientationPatient"),
@@ -230,11 +231,14 @@ def _frames(path: Path, size: tuple[int, int], dataset: Any) -> list[Slice]:
     return slices
 
 
-def _listed(value: Any) -> list[Any]:
+def _value(path: Path, own: Any, shared: Any, group: str, name: str) -> str:
+    """A value of a frame as a file of one slice has it, from its own groups or those that all share, or nothing."""
     try:
-        return list(value)
-    except TypeError:  # of one number
-        return [value]
+        items = own.get(group) or shared.get(group) or [{}]
+        found = items[0].get(name)
+        return "" if found is None else "\\".join(map(str, np.atleast_1d(found).tolist()))
+    except Exception as error:  # pydicom decodes a value when it is asked for
+        raise ValueError(f"{path} is damaged: its {name} cannot be read.") from error
 
 
 def _slice(
@@ -276,30 +280,25 @@ def _numbers(text: str, count: int, path: Path, name: str) -> np.ndarray:
 
 def _check_alike(folder: Path, slices: list[Slice]) -> None:
     """Refuses slices of more than one orientation, size or pixel spacing, with the names of the fewer."""
-    for what, kinds, advice in (
-        (
-            "orientation",
-            _kinds([each.directions.ravel() for each in slices], TURNED),
-            "leave out what is no part of the volume, as a localizer",
-        ),
-        ("size", [each.size for each in slices], "leave out what is no part of the volume"),
-        ("pixel spacing", _kinds([each.spacing for each in slices], 1e-3), "leave out what is no part of the volume"),
+    for what, values, tolerance, unit in (
+        ("orientation", [each.directions.ravel() for each in slices], TURNED, ""),
+        ("size", [each.size for each in slices], 0, ""),
+        ("pixel spacing", [each.spacing for each in slices], 1e-3, " mm"),
     ):
+        kinds = _kinds(values, tolerance)
         if len(set(kinds)) == 1:
             continue
         most = Counter(kinds).most_common(1)[0][0]
         others = [each for each, kind in zip(slices, kinds, strict=True) if kind != most]
-        values = ""
-        if what == "size":
-            values = " (" + " and ".join(f"{a} × {b}" for a, b in sorted(set(kinds))) + ")"
-        elif what == "pixel spacing":
-            values = " (" + " and ".join(f"{a:g} × {b:g} mm" for a, b in sorted({kinds[0], *kinds})) + ")"
+        found = [" × ".join(f"{number:g}" for number in kind) for kind in sorted(set(kinds))]
+        told = "" if what == "orientation" else f" ({' and '.join(found)}{unit})"
         names = f" ({_some(sorted(each.file.name for each in others))})"
+        advice = "leave out what is no part of the volume, as a localizer"
         if all(each.frame is not None for each in others):
             names, advice = "", "convert it with dcm2niix and give one volume"
         raise ValueError(
-            f"{folder} has slices of more than one {what}{values}, {len(slices) - len(others)} of one and "
-            f"{len(others)} of another{names}: {advice}."
+            f"{folder} has slices of more than one {what}{told}, {len(slices) - len(others)} of one and {len(others)} "
+            f"of another{names}: {advice}."
         )
 
 
@@ -351,7 +350,7 @@ def _check_steps(folder: Path, slices: list[Slice], heights: np.ndarray) -> None
         _refuse_volumes(folder, slices, np.cumsum(starts) - 1)
     step = np.median(gaps)
     odd = gaps[np.argmax(np.abs(gaps - step))]
-    if abs(odd - step) > max(UNEVEN * step, 2 * SAME_PLACE):
+    if abs(odd - step) > max(UNEVEN * step, MOST_SHIFT):
         stacks = {each.volume.get("stack") for each in slices}
         if len(stacks) > 1:
             raise ValueError(
@@ -397,12 +396,18 @@ def _check_drift(folder: Path, normal: np.ndarray, step: np.ndarray, beside: np.
         beside: from the place of each slice in an even stack to its own, ``(slices, 3)``.
     """
     advice = "straighten it, for example with 3D Slicer, and give that"
-    off = np.linalg.norm(beside, axis=1).max()
     height = normal @ step
-    if off > max(MOST_SHIFT, UNEVEN * height):
+    above = beside @ normal
+    off = np.linalg.norm(beside - np.outer(above, normal), axis=1).max()
+    if off > MOST_SHIFT:
         raise ValueError(
             f"{folder} has slices that lie up to {off:.2g} mm beside an even stack, so that no grid holds them: "
             f"{advice}."
+        )
+    if np.abs(above).max() > max(UNEVEN * height, MOST_SHIFT):
+        raise ValueError(
+            f"{folder} has slices up to {np.abs(above).max():.2g} mm above or below their places in an even stack: a "
+            "file of the DICOM series is missing, or its slices are not evenly spaced."
         )
     sideways = np.linalg.norm(step - normal * height)
     total = (len(beside) - 1) * sideways
@@ -444,13 +449,11 @@ def _dataset(path: Path) -> Any:
             f'{path} is enhanced DICOM, of many slices: to read it as it is, pip install "rsanet[formats]", which '
             "brings pydicom; or convert it to .nii.gz, for example with dcm2niix."
         ) from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about values that are not used
-        try:
-            return pydicom.dcmread(path)
-        except Exception as error:  # as many types as there are damages
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} cannot be read: it is damaged or something else ({reason}).") from error
+    try:
+        return pydicom.dcmread(path)
+    except Exception as error:  # as many types as there are damages
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be read: it is damaged or something else ({reason}).") from error
 
 
 def _stored_pixels(itk: Any, path: Path, dataset: Any) -> np.ndarray:
@@ -469,7 +472,5 @@ def _stored_pixels(itk: Any, path: Path, dataset: Any) -> np.ndarray:
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = MULTIFRAME
     with TemporaryDirectory() as folder:
         plain = Path(folder) / "frames.dcm"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset.save_as(plain, enforce_file_format=True)
+        dataset.save_as(plain, enforce_file_format=True)
         return _pixels(itk, plain, itk.sitkFloat64)

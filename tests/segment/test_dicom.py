@@ -341,6 +341,14 @@ REFUSED = {
         {"where": sideways(lambda k: [0, 2.0 * (k == 5), 0])},
         r"lie up to 1\.\d mm beside an even stack, so that no grid holds them",
     ),
+    "a slice that is a little shifted": (
+        {"where": sideways(lambda k: [0.2 * (k == 5), 0, 0])},
+        r"lie up to 0\.1\d mm beside an even stack",
+    ),
+    "steps that grow": (
+        {"where": gaps(*np.linspace(2.8, 3.2, 11))},
+        r"slices up to 0\.\d+ mm above or below their places in an even stack: a file of the DICOM series is missing",
+    ),
     "a stack that bends": (
         {"where": sideways(lambda k: [0.1 * k * k, 0, 0])},
         r"mm beside an even stack, so that no grid holds them",
@@ -359,7 +367,7 @@ REFUSED = {
     ),
     "a slice of another spacing": (
         only(2, PixelSpacing=[1, 1]),
-        r"more than one pixel spacing \(1 × 1 mm and 1\.25 × 1\.5 mm\), 11 of one and 1 of another \(002\.dcm\)",
+        r"more than one pixel spacing \(1 × 1 and 1\.25 × 1\.5 mm\), 11 of one and 1 of another \(002\.dcm\)",
     ),
     "a slice of another size": (
         only(11, Rows=8, Columns=6),
@@ -481,6 +489,14 @@ def test_a_report_and_a_directory_beside_the_slices_are_left_out(tmp_path, numbe
         (
             lambda found: delattr(found.SharedFunctionalGroupsSequence[0], "PixelMeasuresSequence"),
             "has no PixelSpacing, which has to be 2 numbers",
+        ),
+        (
+            lambda found: (
+                found.SharedFunctionalGroupsSequence[0]
+                .PixelMeasuresSequence[0]
+                .add_new("SliceThickness", "LO", "thick")
+            ),
+            "damaged: its SliceThickness cannot be read|SliceThickness 'thick', which has to be 1 number",
         ),
         (lambda found: setattr(found, "PixelData", found.PixelData[:-50]), "has fewer pixels than its header says"),
     ],
