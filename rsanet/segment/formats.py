@@ -5,6 +5,7 @@ the affine of NIfTI. A header may name another file for the voxels; it has to li
 """
 
 import re
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import nibabel as nib
 import numpy as np
 
 from rsanet.segment.dicom import is_series, read_series
-from rsanet.segment.words import counted
+from rsanet.segment.words import DataWarning, counted
 
 # Who reads each, so that the content of a file does not choose.
 IMAGE_IOS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
 FORMATS = tuple(IMAGE_IOS)
+MILLIMETRES = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???"}  # units of NRRD
 
+SHEARED = 0.1  # mm that a corner lies off without the shear
 MOST_VOXELS = 2**31  # of a volume; a scan has a hundredth of it
 
 # Where the voxels are. Libraries differ on where a line of a header begins and the header ends, so these are looked for
@@ -50,13 +53,15 @@ def read_other_format(path: Path) -> nib.Nifti1Image:
         raise ValueError(f"{path} does not fit into memory.") from error
     except RuntimeError as error:  # ITK's only one
         reason = " ".join(str(error).split())
-        reason = reason.rpartition("ERROR: ")[2] or reason
+        reason = re.sub(r"\w+\(0x[0-9a-f]+\): ", "", reason.rpartition("ERROR: ")[2] or reason).rstrip(".")
         raise ValueError(f"{path} cannot be read: it is damaged or something else ({reason[:200]}).") from error
     affine = np.diag([-1, -1, 1, 1]) @ affine
     voxels = voxels.astype(np.float64) if voxels.dtype.kind in "iu" and voxels.dtype.itemsize > 4 else voxels
     found = nib.Nifti1Image(voxels, affine)
     found.set_sform(affine, 1)
     found.set_qform(affine, 1)
+    if (np.abs(found.get_qform() - affine) @ [*voxels.shape, 1]).max() > SHEARED:  # which a qform cannot hold
+        found.set_qform(None, 0)
     found.header.set_xyzt_units("mm")
     return found
 
@@ -89,6 +94,7 @@ def _read_file(itk: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     if np.prod([float(length) for length in size]) > MOST_VOXELS:
         raise ValueError(f"{path} has {'×'.join(map(str, size))} voxels by its header: repair it, no scan has so many.")
+    _check_lengths(path)
     image = reader.Execute()
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
@@ -112,3 +118,25 @@ def _check_data_file(path: Path) -> None:
             )
         if not (path.parent / name).is_file():
             raise ValueError(f"{path} has its voxels in {name}, which does not lie beside it: put it there.")
+
+
+def _check_lengths(path: Path) -> None:
+    """Refuses a header with lengths in another unit than mm, and warns of one that lacks any: ITK reads 1 mm."""
+    data = path.read_bytes()
+    if IMAGE_IOS[path.suffix.lower()] == "MetaImageIO":
+        given = re.search(rb"^\s*Element(Spacing|Size)\b", data.partition(b"ElementDataFile")[0], re.MULTILINE)
+    else:
+        header = re.split(rb"\r?\n\r?\n", data, maxsplit=1)[0].decode("latin-1")
+        fields = dict(re.findall(r"^([\w ]+): *(.*)$", header, re.MULTILINE))
+        units = {unit.strip() for unit in re.findall(r'"([^"]*)"', fields.get("space units", ""))} - MILLIMETRES
+        if units:
+            raise ValueError(f"{path} is in {' and '.join(sorted(units))} by its space units: give it in mm.")
+        lengths = re.findall(r"\([^)]*\)|\S+", fields.get("space directions") or fields.get("spacings", ""))
+        given = len([length for length in lengths if not re.search("none|nan", length, re.IGNORECASE)]) >= 3
+    if not given:
+        warnings.warn(
+            f"{path} does not give the size of its voxels along every axis, and is read as 1 mm where it does not: "
+            "repair its header.",
+            DataWarning,
+            stacklevel=1,
+        )

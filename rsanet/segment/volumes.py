@@ -18,7 +18,7 @@ from scipy import ndimage
 from rsanet.segment.dicom import is_series
 from rsanet.segment.formats import FORMATS, is_other_format, read_other_format
 from rsanet.segment.recipe import LARGEST_VOXEL, SMALLEST_VOXEL
-from rsanet.segment.words import counted, sizes
+from rsanet.segment.words import DataWarning, counted, sizes
 
 # nibabel tells of what it mends in a header on stderr, without the file's name; what matters is told below.
 nib.imageglobals.logger.setLevel(logging.CRITICAL)
@@ -57,10 +57,6 @@ class MaskSource(ABC):
     @abstractmethod
     def ignored(self) -> np.ndarray | None:
         """Voxels ``(X, Y, Z)`` that count neither for nor against a prediction; None where there are none."""
-
-
-class DataWarning(UserWarning):
-    """Something in the data that the user should know of and that stops nothing."""
 
 
 def stem(path: Path) -> str:

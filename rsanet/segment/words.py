@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 
 
+class DataWarning(UserWarning):
+    """Something in the data that the user should know of and that stops nothing."""
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun: ``1 lesion``, ``2 lesions``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
