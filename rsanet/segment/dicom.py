@@ -7,7 +7,9 @@ holds a whole volume, are described in nested tags that it does not show; pydico
 import re
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rsanet.segment.words import counted
+from rsanet.segment.words import DataWarning, counted
 
 SLICES = (".dcm", ".ima")  # of DICOM, whose files need no such end
 LOOKED_AT = 5  # files of a folder that are looked at for whether it is a series
@@ -64,6 +66,7 @@ class Slice:
     instance: str
     volume: dict[str, str] = field(default_factory=dict)  # by VOLUMES
     scaling: tuple[float, float] = (1.0, 0.0)  # slope and intercept, of an enhanced file
+    inverted: bool = False  # by GDCM, where 0 is white
 
 
 def is_series(folder: Path) -> bool:
@@ -92,15 +95,15 @@ def read_series(itk: Any, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         ValueError: it is no series of one volume whose slices follow each other evenly.
         RuntimeError: SimpleITK cannot read a file.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pydicom, about values that are not used or are refused here
-        return _read(itk, folder)
-
-
-def _read(itk: Any, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     datasets = cache(_dataset)  # those of enhanced files, read once
     slices = [each for path in _series_files(itk, folder) for each in _slices(itk, folder, path, datasets)]
     _check_alike(folder, slices)
+    if any(each.inverted for each in slices):
+        warnings.warn(
+            f"{folder} is stored with white as 0 (MONOCHROME1), and read as viewers show it, with white as the most.",
+            DataWarning,
+            stacklevel=1,
+        )
     slices, affine = _stack(folder, slices)
     columns, rows = slices[0].size
     voxels = np.empty((len(slices), rows, columns), np.float32)
@@ -135,7 +138,7 @@ def _series_files(itk: Any, folder: Path) -> list[Path]:
     reader = itk.ImageSeriesReader()
     series = reader.GetGDCMSeriesIDs(str(folder))
     if not series:
-        raise ValueError(f"{folder} has no DICOM series: give a folder with the files of one.")
+        raise ValueError(f"{folder} has no DICOM series that can be read: give a folder with the files of one.")
     files = {each: reader.GetGDCMSeriesFileNames(str(folder), each) for each in series}
     if len(series) > 1:
         names = [
@@ -192,14 +195,17 @@ def _slices(itk: Any, folder: Path, path: Path, datasets: Any) -> list[Slice]:
     if "MOSAIC" in tags.get(IMAGE_TYPE, "").split("\\"):
         raise ValueError(f"{path} is a mosaic of Siemens, with many slices in one picture: convert it with dcm2niix.")
     size = int(tags[COLUMNS]), int(tags[ROWS])
+    inverted = tags.get(COLOURS) == "MONOCHROME1"
     if POSITION not in tags or int(tags.get(FRAMES, "1")) > 1:
-        return _frames(path, size, datasets(path))
+        with _quiet():
+            slices = _frames(path, size, datasets(path))
+        return [replace(each, inverted=inverted) for each in slices]
     if SLOPE in tags and _numbers(tags[SLOPE], 1, path, "RescaleSlope")[0] == 0:
         raise ValueError(f"{path} has a RescaleSlope of 0: repair it, no scan is scaled by that.")
     volume = {name: tags[tag] for name, (tag, *_) in VOLUMES.items() if tag in tags}
     spacing = SPACING if SPACING in tags else SCANNED_SPACING
     where = [tags.get(tag, "") for tag in (POSITION, ORIENTATION, spacing, THICKNESS)]
-    return [_slice(path, None, size, where, tags.get(INSTANCE, ""), volume)]
+    return [replace(_slice(path, None, size, where, tags.get(INSTANCE, ""), volume), inverted=inverted)]
 
 
 def _frames(path: Path, size: tuple[int, int], dataset: Any) -> list[Slice]:
@@ -440,6 +446,14 @@ def _pixels(itk: Any, path: Path, kind: int) -> np.ndarray:
     return voxels.reshape(-1, *voxels.shape[-2:])
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of pydicom, about values that are not used or are refused here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _dataset(path: Path) -> Any:
     """All of an enhanced file."""
     try:
@@ -450,7 +464,8 @@ def _dataset(path: Path) -> Any:
             "brings pydicom; or convert it to .nii.gz, for example with dcm2niix."
         ) from error
     try:
-        return pydicom.dcmread(path)
+        with _quiet():
+            return pydicom.dcmread(path)
     except Exception as error:  # as many types as there are damages
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read: it is damaged or something else ({reason}).") from error
@@ -472,5 +487,6 @@ def _stored_pixels(itk: Any, path: Path, dataset: Any) -> np.ndarray:
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = MULTIFRAME
     with TemporaryDirectory() as folder:
         plain = Path(folder) / "frames.dcm"
-        dataset.save_as(plain, enforce_file_format=True)
+        with _quiet():
+            dataset.save_as(plain, enforce_file_format=True)
         return _pixels(itk, plain, itk.sitkFloat64)

@@ -168,6 +168,16 @@ def test_scaling_for_a_vendor_or_for_quantities_is_not_applied(tmp_path, write_a
 
 
 @pytest.mark.parametrize("write_as", [write_series, write_enhanced])
+def test_white_as_0_is_read_as_viewers_show_it_with_a_warning(tmp_path, recwarn, write_as):
+    tags = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11}
+    series = write_as(tmp_path / "scan", stored(3), places(3), **tags)
+    assert_at(read_volume(series), 4095 - stored(3).astype(float), places(3))
+    assert [str(each.message) for each in recwarn] == [
+        f"{series} is stored with white as 0 (MONOCHROME1), and read as viewers show it, with white as the most."
+    ]
+
+
+@pytest.mark.parametrize("write_as", [write_series, write_enhanced])
 @pytest.mark.parametrize("orientation", [AXIAL, CORONAL, SAGITTAL, OBLIQUE, [-1, 0, 0, 0, 1, 0], [0, 0, 1, 0, 1, 0]])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
 def test_slices_lie_where_their_tags_put_them_in_whatever_order(tmp_path, write_as, orientation, order):
