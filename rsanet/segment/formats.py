@@ -19,7 +19,7 @@ from rsanet.segment.words import DataWarning, counted
 # Who reads each, so that the content of a file does not choose.
 IMAGE_IOS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
 FORMATS = tuple(IMAGE_IOS)
-MILLIMETRES = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???"}  # units of NRRD
+MILLIMETRES = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???"}  # of a header
 
 SHEARED = 0.1  # mm that a corner lies off without the shear
 MOST_VOXELS = 2**31  # of a volume; a scan has a hundredth of it
@@ -94,12 +94,15 @@ def _read_file(itk: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     if np.prod([float(length) for length in size]) > MOST_VOXELS:
         raise ValueError(f"{path} has {'×'.join(map(str, size))} voxels by its header: repair it, no scan has so many.")
-    _check_lengths(path)
+    fields = _fields(path)
+    _check_lengths(path, fields)
+    slope, offset = _scaling(path, fields)
     image = reader.Execute()
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
-    return itk.GetArrayFromImage(image).T, affine
+    voxels = itk.GetArrayFromImage(image).T
+    return voxels if (slope, offset) == (1, 0) else voxels.astype(np.float64) * slope + offset, affine
 
 
 def _check_data_file(path: Path) -> None:
@@ -120,23 +123,40 @@ def _check_data_file(path: Path) -> None:
             raise ValueError(f"{path} has its voxels in {name}, which does not lie beside it: put it there.")
 
 
-def _check_lengths(path: Path) -> None:
-    """Refuses a header with lengths in another unit than mm, and warns of one that lacks any: ITK reads 1 mm."""
+def _fields(path: Path) -> dict[str, str]:
+    """What a header says, by the names of its fields in small letters."""
     data = path.read_bytes()
     if IMAGE_IOS[path.suffix.lower()] == "MetaImageIO":
-        given = re.search(rb"^\s*Element(Spacing|Size)\b", data.partition(b"ElementDataFile")[0], re.MULTILINE)
+        header, line = data.partition(b"ElementDataFile")[0], r"^\s*(\w+)\s*[=:]\s*(.*?)\s*$"
     else:
-        header = re.split(rb"\r?\n\r?\n", data, maxsplit=1)[0].decode("latin-1")
-        fields = dict(re.findall(r"^([\w ]+): *(.*)$", header, re.MULTILINE))
-        units = {unit.strip() for unit in re.findall(r'"([^"]*)"', fields.get("space units", ""))} - MILLIMETRES
-        if units:
-            raise ValueError(f"{path} is in {' and '.join(sorted(units))} by its space units: give it in mm.")
-        lengths = re.findall(r"\([^)]*\)|\S+", fields.get("space directions") or fields.get("spacings", ""))
-        given = len([length for length in lengths if not re.search("none|nan", length, re.IGNORECASE)]) >= 3
-    if not given:
+        header, line = re.split(rb"\r?\n\r?\n", data, maxsplit=1)[0], r"^([\w ]+):=?\s*(.*?)\s*$"
+    return {name.lower(): value for name, value in re.findall(line, header.decode("latin-1"), re.MULTILINE)}
+
+
+def _check_lengths(path: Path, fields: dict[str, str]) -> None:
+    """Refuses a header with lengths in another unit than mm, and warns of one that lacks any: ITK reads 1 mm."""
+    units = [*re.findall(r'"([^"]*)"', fields.get("space units", "")), fields.get("distanceunits", "")]
+    others = {unit.strip().strip("'") for unit in units} - MILLIMETRES
+    if others:
+        raise ValueError(f"{path} is in {' and '.join(sorted(others))} by its header: give it in mm.")
+    names = ("space directions", "spacings", "elementspacing", "elementsize")
+    lengths = re.findall(r"\([^)]*\)|\S+", next((fields[name] for name in names if name in fields), ""))
+    if len([length for length in lengths if not re.search("none|nan", length, re.IGNORECASE)]) < 3:
         warnings.warn(
             f"{path} does not give the size of its voxels along every axis, and is read as 1 mm where it does not: "
             "repair its header.",
             DataWarning,
             stacklevel=1,
         )
+
+
+def _scaling(path: Path, fields: dict[str, str]) -> tuple[float, float]:
+    """The slope and the offset of the numbers of a MetaImage, which ITK leaves out."""
+    names = ("ElementToIntensityFunctionSlope", "ElementToIntensityFunctionOffset")
+    try:
+        slope, offset = (float(fields.get(name.lower(), default)) for name, default in zip(names, (1, 0), strict=True))
+    except ValueError:
+        slope, offset = 0.0, 0.0
+    if slope == 0 or not np.isfinite([slope, offset]).all():
+        raise ValueError(f"{path} has no numbers, or 0, for {names[0]} and {names[1]}: repair its header.")
+    return slope, offset

@@ -147,6 +147,15 @@ def test_one_slice_is_as_thick_as_it_says_or_a_warning_says_that_it_does_not(
     assert all("does not give the size of its voxels along every axis, and is read as 1 mm" in each for each in said)
 
 
+def test_the_slope_of_a_metaimage_is_applied(tmp_path, recwarn):
+    lines = "DistanceUnits = mm\nElementSpacing = 2 3 4\nElementToIntensityFunctionSlope = 0.5\n"
+    lines += "ElementToIntensityFunctionOffset = -20"
+    (tmp_path / "x.mha").write_bytes(META.format("2 3 4", lines).encode() + bytes(range(24)))
+    voxels, _ = read_volume(tmp_path / "x.mha")
+    assert np.array_equal(voxels.ravel(order="F"), np.arange(24) * 0.5 - 20)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("tilted", [False, True])
 def test_a_dicom_series_lies_where_its_nifti_lies(tmp_path, tilted):
     voxels = np.arange(7 * 6 * 5).reshape(7, 6, 5)
@@ -270,6 +279,10 @@ def spoiled(kind, folder):
         path = path.with_suffix(".nrrd")
         lines = 'space directions: (.2,0,0) (0,.3,0) (0,0,.4)\nspace units: "cm" "cm" "cm"'
         path.write_bytes(NRRD.format("2 3 4", lines).encode() + bytes(24))
+    elif kind in ("micrometres", "no slope"):
+        lines = "ElementSpacing = 2 3 4\n"
+        lines += "DistanceUnits = um" if kind == "micrometres" else "ElementToIntensityFunctionSlope = 0"
+        path.write_bytes(META.format("2 3 4", lines).encode() + bytes(24))
     elif kind == "a plane":
         path = path.with_suffix(".nrrd")
         header = NRRD.replace("dimension: 3", "dimension: 2").format("4 6", "space directions: (2,0,0) (0,3,0)")
@@ -304,7 +317,9 @@ def spoiled(kind, folder):
         ("too large", "30000×30000×30000 voxels by its header"),
         ("truncated", "cannot be read: it is damaged or something else"),
         ("missing", r"has its voxels in x\.raw, which does not lie beside it"),
-        ("centimetres", "is in cm by its space units: give it in mm"),
+        ("centimetres", "is in cm by its header: give it in mm"),
+        ("micrometres", "is in um by its header: give it in mm"),
+        ("no slope", "has no numbers, or 0, for ElementToIntensityFunctionSlope and "),
         ("a plane", r"cannot be read: it is damaged or something else \(ReadImageInformation: number of domain axes"),
         ("2-D", "has 2 dimensions and 1 number per voxel"),
         ("colours", "has 3 dimensions and 3 numbers per voxel"),
