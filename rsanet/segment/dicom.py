@@ -25,9 +25,9 @@ LOOKED_AT = 5  # files of a folder that are looked at for whether it is a series
 
 ORTHOGONAL = 0.02  # of the two directions of a slice, which are rounded in its file
 TURNED = 2e-3  # a change of a direction's part that is another orientation
-SAME_PLACE = 0.01  # mm; or a share of the thickness, of slices of several volumes
-SAME_SHARE = 0.05
+SAME_PLACE = 0.05  # mm
 UNEVEN = 0.1  # of the step from slice to slice
+SPARSE = 1.5  # thicknesses from slice to slice; a gap between slices is a tenth to a third of one
 MOST_SHIFT = 0.1  # mm that a slice may lie beside its place in the stack, which positions in tenths of a mm do
 MOST_DRIFT, DRIFT_SHARE = 0.05, 0.01  # mm that a stack may drift sideways in all; or a share of its extent
 
@@ -341,6 +341,14 @@ def _stack(folder: Path, slices: list[Slice]) -> tuple[list[Slice], np.ndarray]:
         numbers = np.arange(len(slices)) - (len(slices) - 1) / 2
         step = numbers @ places / (numbers @ numbers)
         origin = places.mean(0) + numbers[0] * step
+        thickness, apart = slices[0].thickness, float(np.linalg.norm(step))
+        if thickness and apart > SPARSE * thickness:
+            warnings.warn(
+                f"{folder} has slices that are {thickness:.3g} mm thick and {apart:.3g} mm apart: see that no file of "
+                "the DICOM series is missing between them.",
+                DataWarning,
+                stacklevel=1,
+            )
         _check_drift(folder, normal, step, places - origin - np.outer(numbers - numbers[0], step))
     affine = np.eye(4)
     affine[:3, :3] = np.stack([along * slices[0].spacing[0], down * slices[0].spacing[1], step], 1)
@@ -351,7 +359,7 @@ def _stack(folder: Path, slices: list[Slice]) -> tuple[list[Slice], np.ndarray]:
 def _check_steps(folder: Path, slices: list[Slice], heights: np.ndarray) -> None:
     """Refuses slices, in the order of space, that do not follow each other evenly along their normal."""
     gaps = np.diff(heights)
-    starts = np.append(True, gaps > max(SAME_PLACE, SAME_SHARE * (slices[0].thickness or 0)))
+    starts = np.append(True, gaps > SAME_PLACE)
     if not starts.all():
         _refuse_volumes(folder, slices, np.cumsum(starts) - 1)
     step = np.median(gaps)

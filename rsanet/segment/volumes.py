@@ -15,8 +15,7 @@ from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.spatialimages import SpatialImage
 from scipy import ndimage
 
-from rsanet.segment.dicom import is_series
-from rsanet.segment.formats import FORMATS, is_other_format, read_other_format
+from rsanet.segment.formats import FORMATS, is_other_format, is_series, read_other_format
 from rsanet.segment.recipe import LARGEST_VOXEL, SMALLEST_VOXEL
 from rsanet.segment.words import DataWarning, counted, sizes
 

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -23,7 +24,9 @@ from pydicom.uid import (
     RLELossless,
     generate_uid,
 )
+from segment.bright import segmenter, thresholded
 
+from rsanet.segment.prediction import predict
 from rsanet.segment.volumes import load_grid, read_volume
 
 AXIAL, CORONAL, SAGITTAL = [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1]
@@ -264,7 +267,7 @@ def test_an_enhanced_file_with_a_group_for_each_frame_and_one_of_a_single_frame_
     def groups(number):
         return {
             "PlaneOrientationSequence": sequence(ImageOrientationPatient=list(map(float, SAGITTAL))),
-            "PixelMeasuresSequence": sequence(PixelSpacing=[0.9, 0.8], SliceThickness=1),
+            "PixelMeasuresSequence": sequence(PixelSpacing=[0.9, 0.8], SliceThickness=3),
             "FrameContentSequence": sequence(StackID="1", InStackPositionNumber=number + 1, TemporalPositionIndex=1),
         }
 
@@ -404,7 +407,7 @@ REFUSED = {
         r"it holds 2 volumes, which differ in image type",
     ),
     "two volumes that hardly differ in place": (
-        {"where": np.concatenate([places(5), np.add(places(5), [0, 0, 0.02])])},
+        {"where": np.concatenate([places(5), np.add(places(5), [0, 0, 0.03])])},
         "several slices at one place: it holds 2 volumes;",
     ),
     "two slices at one place": ({"where": places(1) * 2}, "several slices at one place: it holds 2 volumes;"),
@@ -470,6 +473,16 @@ def test_what_is_no_even_stack_of_one_volume_is_refused_for_its_reason(tmp_path,
     assert len(recwarn) == before
 
 
+@pytest.mark.parametrize(("thickness", "warned"), [(2, True), (3, False), (2.5, False), (20, False), (None, False)])
+def test_slices_that_are_far_apart_for_their_thickness_are_told(tmp_path, recwarn, thickness, warned):
+    where = places(5, step=3.5 if warned else 3)[:: 1 if warned else -1]
+    where = places(5, step=1) if thickness == 20 else where
+    series = write_series(tmp_path / "scan", stored(5), where, SliceThickness=thickness)
+    assert_at(read_volume(series), stored(5), where)
+    wanted = f"{series} has slices that are 2 mm thick and 3.5 mm apart: see that no file of the DICOM series"
+    assert [str(each.message).startswith(wanted) for each in recwarn] == [True] * warned
+
+
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-40], lambda data: data[:300]])
 @pytest.mark.parametrize("number", [0, 3, 4])
 def test_a_damaged_slice_is_named_though_the_others_would_make_a_volume(tmp_path, damage, number):
@@ -520,6 +533,24 @@ def test_a_damaged_enhanced_file_is_refused_in_one_sentence(tmp_path, capfd, spo
         read_volume(series)
     assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_mask_of_an_enhanced_file_lies_on_its_slices(tmp_path, phantoms):
+    image = np.round(phantoms.make_subject(3)[0]["FLAIR"])
+    order = np.random.default_rng(0).permutation(image.shape[2])
+    slopes = 1 + np.arange(len(order))[:, None, None] % 3
+    pixels = (image.T[order] // slopes).astype("<u2")
+
+    def each(number):
+        return {"PixelValueTransformationSequence": sequence(RescaleSlope=1 + number % 3, RescaleIntercept=0)}
+
+    where = [places(len(order), OBLIQUE)[number] for number in order]
+    scan = write_enhanced(tmp_path / "scan", pixels, where, OBLIQUE, each)
+    predict(segmenter(("FLAIR",)), {"FLAIR": scan}, tmp_path / "mask.nii.gz")
+    mask = nib.load(tmp_path / "mask.nii.gz")
+    wanted = thresholded(nib.Nifti1Image((pixels * slopes).astype(np.float32), np.eye(4)))
+    assert wanted.any()
+    assert_at((np.asarray(mask.dataobj), mask), wanted, where, OBLIQUE)
 
 
 def test_without_pydicom_an_enhanced_file_is_refused_with_the_way_and_a_series_is_read(tmp_path, monkeypatch):
