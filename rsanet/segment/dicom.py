@@ -196,9 +196,10 @@ def _slices(itk: Any, folder: Path, path: Path, datasets: Any) -> list[Slice]:
         raise ValueError(f"{path} is a mosaic of Siemens, with many slices in one picture: convert it with dcm2niix.")
     size = int(tags[COLUMNS]), int(tags[ROWS])
     inverted = tags.get(COLOURS) == "MONOCHROME1"
-    if POSITION not in tags or int(tags.get(FRAMES, "1")) > 1:
+    count = int(_numbers(tags.get(FRAMES) or "1", 1, path, "NumberOfFrames")[0])
+    if POSITION not in tags or count > 1:
         with _quiet():
-            slices = _frames(path, size, datasets(path))
+            slices = _frames(path, size, count, datasets(path))
         return [replace(each, inverted=inverted) for each in slices]
     if SLOPE in tags and _numbers(tags[SLOPE], 1, path, "RescaleSlope")[0] == 0:
         raise ValueError(f"{path} has a RescaleSlope of 0: repair it, no scan is scaled by that.")
@@ -208,10 +209,9 @@ def _slices(itk: Any, folder: Path, path: Path, datasets: Any) -> list[Slice]:
     return [replace(_slice(path, None, size, where, tags.get(INSTANCE, ""), volume), inverted=inverted)]
 
 
-def _frames(path: Path, size: tuple[int, int], dataset: Any) -> list[Slice]:
+def _frames(path: Path, size: tuple[int, int], count: int, dataset: Any) -> list[Slice]:
     """The slices of an enhanced file, by the groups of tags that all share or that each has."""
     frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    count = int(dataset.get("NumberOfFrames") or 1)
     if not frames:
         advice = "convert it with dcm2niix" if count > 1 else "export the series again from the scanner"
         raise ValueError(f"{path} does not say where its slices lie (ImagePositionPatient): {advice}.")
@@ -475,8 +475,12 @@ def _dataset(path: Path) -> Any:
         with _quiet():
             return pydicom.dcmread(path)
     except Exception as error:  # as many types as there are damages
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} cannot be read: it is damaged or something else ({reason}).") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:200].rstrip(".")
+    return ValueError(f"{path} cannot be read: it is damaged or something else ({reason}).")
 
 
 def _stored_pixels(itk: Any, path: Path, dataset: Any) -> np.ndarray:
@@ -495,6 +499,9 @@ def _stored_pixels(itk: Any, path: Path, dataset: Any) -> np.ndarray:
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = MULTIFRAME
     with TemporaryDirectory() as folder:
         plain = Path(folder) / "frames.dcm"
-        with _quiet():
-            dataset.save_as(plain, enforce_file_format=True)
+        try:
+            with _quiet():
+                dataset.save_as(plain, enforce_file_format=True)
+        except Exception as error:  # also where the disk is full
+            raise _unreadable(path, error) from error
         return _pixels(itk, plain, itk.sitkFloat64)
