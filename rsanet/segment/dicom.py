@@ -201,7 +201,7 @@ def _slices(itk: Any, folder: Path, path: Path, datasets: Any) -> list[Slice]:
         with _quiet():
             slices = _frames(path, size, count, datasets(path))
         return [replace(each, inverted=inverted) for each in slices]
-    if SLOPE in tags and _numbers(tags[SLOPE], 1, path, "RescaleSlope")[0] == 0:
+    if tags.get(SLOPE) and _numbers(tags[SLOPE], 1, path, "RescaleSlope")[0] == 0:
         raise ValueError(f"{path} has a RescaleSlope of 0: repair it, no scan is scaled by that.")
     volume = {name: tags[tag] for name, (tag, *_) in VOLUMES.items() if tag in tags}
     spacing = SPACING if SPACING in tags else SCANNED_SPACING

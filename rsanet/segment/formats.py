@@ -53,7 +53,9 @@ def read_other_format(path: Path) -> nib.Nifti1Image:
         raise ValueError(f"{path} does not fit into memory.") from error
     except RuntimeError as error:  # ITK's only one
         reason = " ".join(str(error).split())
-        reason = re.sub(r"\w+\(0x[0-9a-f]+\): ", "", reason.rpartition("ERROR: ")[2] or reason).rstrip(".")
+        reason = re.sub(
+            r"^Exception thrown in .*?:\d+ \(\): |\w+\(0x[0-9a-f]+\): ", "", reason.rpartition("ERROR: ")[2] or reason
+        ).rstrip(".")
         raise ValueError(f"{path} cannot be read: it is damaged or something else ({reason[:200]}).") from error
     affine = np.diag([-1, -1, 1, 1]) @ affine
     voxels = voxels.astype(np.float64) if voxels.dtype.kind in "iu" and voxels.dtype.itemsize > 4 else voxels

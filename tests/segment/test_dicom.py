@@ -136,6 +136,7 @@ def assert_at(found, pixels, where, orientation=AXIAL, tolerance=1e-3, spacing=S
         ("<u2", [1, 0.004, 0.004, 0.004], [0, 0, 0, 0]),
         ("<u2", [1, 1, 1, 1], [0, -500, -500, -500]),
         ("<u2", [0.004, 1, None, 1000], [0.5, 0, None, -4096]),
+        ("<u2", ["", 1, "", 0.5], ["", -5, "", 0]),
         ("<i2", [1, 2, 3, 0.1], [0, 70000, -70000, 0]),
         ("u1", [1, 5, 0.5, 1], [0, -300, 0, 1000]),
         ("<u4", [1, 1, 0.25, 1], [0, -1, 0, 0]),
@@ -150,7 +151,7 @@ def test_each_slice_is_scaled_by_its_own_slope_in_whatever_order(tmp_path, kind,
     pairs = list(zip(slopes, intercepts, strict=True))
     scaling = [{} if a is None else {"RescaleSlope": a, "RescaleIntercept": b} for a, b in pairs]
     series = write_series(tmp_path / "scan", pixels, places(4), each=scaling.__getitem__, names=range(4)[::order])
-    wanted = [each * 1.0 if a is None else each * float(a) + b for each, (a, b) in zip(pixels, pairs, strict=True)]
+    wanted = [each * float(a or 1) + float(b or 0) for each, (a, b) in zip(pixels, pairs, strict=True)]
     found = read_volume(series)
     assert found[0].dtype == np.float32
     assert_at(found, np.array(wanted), places(4))
