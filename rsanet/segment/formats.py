@@ -5,6 +5,7 @@ the affine of NIfTI. A header may name another file for the voxels; it has to li
 """
 
 import re
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from rsanet.segment.words import counted
+from rsanet.segment.dicom import is_series, read_series
+from rsanet.segment.words import DataWarning, counted
 
 # Who reads each, so that the content of a file does not choose.
 IMAGE_IOS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
 FORMATS = tuple(IMAGE_IOS)
-SLICES = (".dcm", ".ima")  # of DICOM, whose files need no such end
+MILLIMETRES = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???"}  # of a header
 
+SHEARED = 0.1  # mm that a corner lies off without the shear
 MOST_VOXELS = 2**31  # of a volume; a scan has a hundredth of it
-LOOKED_AT = 5  # files of a folder that are looked at for whether it is a series
 
 # Where the voxels are. Libraries differ on where a line of a header begins and the header ends, so these are looked for
 # in all of a file.
@@ -28,31 +30,11 @@ DATA_FILE = {
     "NrrdImageIO": re.compile(rb"data\s?file\s*:\s*([^\r\n]*)", re.IGNORECASE),
     "MetaImageIO": re.compile(rb"ElementDataFile[\s=:]*([^\r\n]*)", re.IGNORECASE),
 }
-DESCRIPTION, POSITION, ORIENTATION = "0008|103e", "0020|0032", "0020|0037"  # tags of DICOM
 
 
 def is_other_format(path: Path) -> bool:
     """Whether a path is a volume in one of these formats, by its name, or the folder of a DICOM series."""
     return path.name.lower().endswith(FORMATS) or is_series(path)
-
-
-def is_series(folder: Path) -> bool:
-    """Whether a folder holds files of DICOM, by those that come first."""
-    if not folder.is_dir():
-        return False
-    try:
-        files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
-    except OSError:  # whoever may not look into it cannot mean it
-        return False
-    return any(path.name.lower().endswith(SLICES) or _has_magic(path) for path in files[:LOOKED_AT])
-
-
-def _has_magic(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def read_other_format(path: Path) -> nib.Nifti1Image:
@@ -66,22 +48,22 @@ def read_other_format(path: Path) -> nib.Nifti1Image:
     """
     itk = _itk(path)
     try:
-        image = _read_series(itk, path) if path.is_dir() else _read_file(itk, path)
-        voxels = itk.GetArrayFromImage(image).T
+        voxels, affine = read_series(itk, path) if path.is_dir() else _read_file(itk, path)
     except MemoryError as error:
         raise ValueError(f"{path} does not fit into memory.") from error
     except RuntimeError as error:  # ITK's only one
         reason = " ".join(str(error).split())
-        reason = reason.rpartition("ERROR: ")[2] or reason
+        reason = re.sub(
+            r"^Exception thrown in .*?:\d+ \(\): |\w+\(0x[0-9a-f]+\): ", "", reason.rpartition("ERROR: ")[2] or reason
+        ).rstrip(".")
         raise ValueError(f"{path} cannot be read: it is damaged or something else ({reason[:200]}).") from error
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
     affine = np.diag([-1, -1, 1, 1]) @ affine
     voxels = voxels.astype(np.float64) if voxels.dtype.kind in "iu" and voxels.dtype.itemsize > 4 else voxels
     found = nib.Nifti1Image(voxels, affine)
     found.set_sform(affine, 1)
     found.set_qform(affine, 1)
+    if (np.abs(found.get_qform() - affine) @ [*voxels.shape, 1]).max() > SHEARED:  # which a qform cannot hold
+        found.set_qform(None, 0)
     found.header.set_xyzt_units("mm")
     return found
 
@@ -98,7 +80,8 @@ def _itk(path: Path) -> Any:
     return itk
 
 
-def _read_file(itk: Any, path: Path) -> Any:
+def _read_file(itk: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The voxels of a file, and their affine to ITK's world."""
     _check_data_file(path)
     reader = itk.ImageFileReader()
     reader.SetImageIO(IMAGE_IOS[path.suffix.lower()])
@@ -113,7 +96,15 @@ def _read_file(itk: Any, path: Path) -> Any:
         )
     if np.prod([float(length) for length in size]) > MOST_VOXELS:
         raise ValueError(f"{path} has {'×'.join(map(str, size))} voxels by its header: repair it, no scan has so many.")
-    return reader.Execute()
+    fields = _fields(path)
+    _check_lengths(path, fields)
+    slope, offset = _scaling(path, fields)
+    image = reader.Execute()
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    voxels = itk.GetArrayFromImage(image).T
+    return voxels if (slope, offset) == (1, 0) else voxels.astype(np.float64) * slope + offset, affine
 
 
 def _check_data_file(path: Path) -> None:
@@ -134,50 +125,40 @@ def _check_data_file(path: Path) -> None:
             raise ValueError(f"{path} has its voxels in {name}, which does not lie beside it: put it there.")
 
 
-def _read_series(itk: Any, folder: Path) -> Any:
-    reader = itk.ImageSeriesReader()
-    series = reader.GetGDCMSeriesIDs(str(folder))
-    if not series:
-        raise ValueError(f"{folder} has no DICOM series: give a folder with the files of one.")
-    files = {each: reader.GetGDCMSeriesFileNames(str(folder), each) for each in series}
-    if len(series) > 1:
-        names = [
-            f"{_tags(itk, paths[0]).get(DESCRIPTION) or each}, {counted(len(paths), 'file')}"
-            for each, paths in files.items()
-        ]
-        raise ValueError(
-            f"{folder} has several DICOM series ({'; '.join(names)}): put the files of each into a folder of its own."
-        )
-    slices = files[series[0]]
-    _check_places(itk, folder, slices)
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileNames(slices)
-    image = reader.Execute()
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ValueError(f"{folder} is a DICOM series of colours or of more than one volume: give one volume.")
-    return image
+def _fields(path: Path) -> dict[str, str]:
+    """What a header says, by the names of its fields in small letters."""
+    data = path.read_bytes()
+    if IMAGE_IOS[path.suffix.lower()] == "MetaImageIO":
+        header, line = data.partition(b"ElementDataFile")[0], r"^\s*(\w+)\s*[=:]\s*(.*?)\s*$"
+    else:
+        header, line = re.split(rb"\r?\n\r?\n", data, maxsplit=1)[0], r"^([\w ]+):=?\s*(.*?)\s*$"
+    return {name.lower(): value for name, value in re.findall(line, header.decode("latin-1"), re.MULTILINE)}
 
 
-def _check_places(itk: Any, folder: Path, slices: tuple[str, ...]) -> None:
-    """Refuses slices that do not follow each other evenly: one is missing, or there is more than one volume."""
-    tags = [_tags(itk, path) for path in slices]
-    if len(slices) < 3 or not all(POSITION in each and ORIENTATION in each for each in tags):
-        return
-    along, down = np.array(tags[0][ORIENTATION].split("\\"), float).reshape(2, 3)
-    places = [np.cross(along, down) @ np.array(each[POSITION].split("\\"), float) for each in tags]
-    gaps = np.diff(np.sort(places))
-    if gaps.min() < 0.01:
-        raise ValueError(f"{folder} has several slices at one place: give the DICOM series of one volume.")
-    if gaps.max() > 1.1 * np.median(gaps):
-        raise ValueError(
-            f"{folder} has slices {gaps.max():.3g} mm apart where others are {np.median(gaps):.3g} mm apart: a file of "
-            "the DICOM series is missing."
+def _check_lengths(path: Path, fields: dict[str, str]) -> None:
+    """Refuses a header with lengths in another unit than mm, and warns of one that lacks any: ITK reads 1 mm."""
+    units = [*re.findall(r'"([^"]*)"', fields.get("space units", "")), fields.get("distanceunits", "")]
+    others = {unit.strip().strip("'") for unit in units} - MILLIMETRES
+    if others:
+        raise ValueError(f"{path} is in {' and '.join(sorted(others))} by its header: give it in mm.")
+    names = ("space directions", "spacings", "elementspacing", "elementsize")
+    lengths = re.findall(r"\([^)]*\)|\S+", next((fields[name] for name in names if name in fields), ""))
+    if len([length for length in lengths if not re.search("none|nan", length, re.IGNORECASE)]) < 3:
+        warnings.warn(
+            f"{path} does not give the size of its voxels along every axis, and is read as 1 mm where it does not: "
+            "repair its header.",
+            DataWarning,
+            stacklevel=1,
         )
 
 
-def _tags(itk: Any, path: str) -> dict[str, str]:
-    reader = itk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(path)
-    reader.ReadImageInformation()
-    return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
+def _scaling(path: Path, fields: dict[str, str]) -> tuple[float, float]:
+    """The slope and the offset of the numbers of a MetaImage, which ITK leaves out."""
+    names = ("ElementToIntensityFunctionSlope", "ElementToIntensityFunctionOffset")
+    try:
+        slope, offset = (float(fields.get(name.lower(), default)) for name, default in zip(names, (1, 0), strict=True))
+    except ValueError:
+        slope, offset = 0.0, 0.0
+    if slope == 0 or not np.isfinite([slope, offset]).all():
+        raise ValueError(f"{path} has no numbers, or 0, for {names[0]} and {names[1]}: repair its header.")
+    return slope, offset

@@ -97,6 +97,65 @@ def test_a_space_to_the_right_front_and_top_is_understood(tmp_path):
     assert np.allclose(image.affine, [[2, 0, 0, 10], [0, 3, 0, 20], [0, 0, 4, 30], [0, 0, 0, 1]])
 
 
+NRRD = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: {}\nencoding: raw\nspace: LPS\n{}\n\n"
+META = "ObjectType = Image\nNDims = 3\nDimSize = {}\n{}\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "lines"),
+    [
+        ("x.nrrd", NRRD, "space directions: (2,0,0) (0,3,0) (0,0.9,4)\nspace origin: (1,2,3)"),
+        ("x.mha", META, "TransformMatrix = 1 0 0 0 1 0 0 0.225 1\nOffset = 1 2 3\nElementSpacing = 2 3 4"),
+    ],
+)
+def test_a_sheared_volume_keeps_its_places_and_has_no_form_that_loses_them(tmp_path, recwarn, name, header, lines):
+    data = np.arange(8000, dtype=np.uint16).astype(np.uint8)
+    (tmp_path / name).write_bytes(header.format("20 20 20", lines).encode() + data.tobytes())
+    voxels, image = read_volume(tmp_path / name)
+    assert np.array_equal(voxels, data.reshape((20, 20, 20), order="F"))
+    assert np.allclose(image.affine, [[-2, 0, 0, -1], [0, -3, -0.9, -2], [0, 0, 4, 3], [0, 0, 0, 1]])
+    assert (image.header["sform_code"], image.header["qform_code"]) == (1, 0)
+    assert not recwarn.list
+    straight = lines.replace("0.9,4", "0,4").replace("0.225", "0")
+    (tmp_path / name).write_bytes(header.format("20 20 20", straight).encode() + data.tobytes())
+    assert read_volume(tmp_path / name)[1].header["qform_code"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "lines", "length"),
+    [
+        ("x.nrrd", NRRD, "space directions: (2,0,0) (0,3,0) (0,0,4)", 4),
+        ("x.nrrd", NRRD, "space directions: (2,0,0) (0,3,0) none", None),
+        ("x.nrrd", NRRD, "spacings: 2 3 nan", None),
+        ("x.nrrd", NRRD, "spacings: 2 3 4", 4),
+        ("x.nrrd", NRRD, "content: (1,2,3)", None),
+        ("x.mha", META, "ElementSpacing = 2 3 4", 4),
+        ("x.mha", META, "ElementSize = 2 3 4", 4),
+        ("x.mha", META, "Offset = 2 3 4", None),
+    ],
+)
+def test_one_slice_is_as_thick_as_it_says_or_a_warning_says_that_it_does_not(
+    tmp_path, recwarn, name, header, lines, length
+):
+    header = header.replace("space: LPS\n", "") if "spacings" in lines else header
+    (tmp_path / name).write_bytes(header.format("4 6 1", lines).encode() + bytes(range(24)))
+    voxels, image = read_volume(tmp_path / name)
+    assert voxels.shape == (4, 6, 1)
+    assert image.header.get_zooms()[2] == (length or 1)
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (length is None)
+    assert all("does not give the size of its voxels along every axis, and is read as 1 mm" in each for each in said)
+
+
+def test_the_slope_of_a_metaimage_is_applied(tmp_path, recwarn):
+    lines = "DistanceUnits = mm\nElementSpacing = 2 3 4\nElementToIntensityFunctionSlope = 0.5\n"
+    lines += "ElementToIntensityFunctionOffset = -20"
+    (tmp_path / "x.mha").write_bytes(META.format("2 3 4", lines).encode() + bytes(range(24)))
+    voxels, _ = read_volume(tmp_path / "x.mha")
+    assert np.array_equal(voxels.ravel(order="F"), np.arange(24) * 0.5 - 20)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("tilted", [False, True])
 def test_a_dicom_series_lies_where_its_nifti_lies(tmp_path, tilted):
     voxels = np.arange(7 * 6 * 5).reshape(7, 6, 5)
@@ -197,7 +256,7 @@ def test_a_header_names_no_file_elsewhere(tmp_path, name, line, place):
     if "Element" in line:
         header = "ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementSpacing = 1 1 1\nElementType = MET_UCHAR\n"
     else:
-        header = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nencoding: raw\n"
+        header = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nencoding: raw\nspacings: 1 1 1\n"
     (tmp_path / "in" / name).write_text(header + line.format(place) + "\n\n")
     with pytest.raises(ValueError, match=r"has its voxels in .* by its header: give a single file beside it"):
         read_volume(tmp_path / "in" / name)
@@ -216,6 +275,18 @@ def spoiled(kind, folder):
         path.write_text(header.format("30000 30000 30000", "MET_UCHAR") + "ElementDataFile = LOCAL\n")
     elif kind == "truncated":
         path.write_bytes((header.format("9 9 9", "MET_FLOAT") + "ElementDataFile = LOCAL\n").encode() + bytes(99))
+    elif kind == "centimetres":
+        path = path.with_suffix(".nrrd")
+        lines = 'space directions: (.2,0,0) (0,.3,0) (0,0,.4)\nspace units: "cm" "cm" "cm"'
+        path.write_bytes(NRRD.format("2 3 4", lines).encode() + bytes(24))
+    elif kind in ("micrometres", "no slope"):
+        lines = "ElementSpacing = 2 3 4\n"
+        lines += "DistanceUnits = um" if kind == "micrometres" else "ElementToIntensityFunctionSlope = 0"
+        path.write_bytes(META.format("2 3 4", lines).encode() + bytes(24))
+    elif kind == "a plane":
+        path = path.with_suffix(".nrrd")
+        header = NRRD.replace("dimension: 3", "dimension: 2").format("4 6", "space directions: (2,0,0) (0,3,0)")
+        path.write_bytes(header.encode() + bytes(24))
     elif kind == "missing":
         path = path.with_suffix(".mhd")
         path.write_text(header.format("2 2 2", "MET_UCHAR") + "ElementDataFile = x.raw\n")
@@ -246,6 +317,10 @@ def spoiled(kind, folder):
         ("too large", "30000×30000×30000 voxels by its header"),
         ("truncated", "cannot be read: it is damaged or something else"),
         ("missing", r"has its voxels in x\.raw, which does not lie beside it"),
+        ("centimetres", "is in cm by its header: give it in mm"),
+        ("micrometres", "is in um by its header: give it in mm"),
+        ("no slope", "has no numbers, or 0, for ElementToIntensityFunctionSlope and "),
+        ("a plane", r"cannot be read: it is damaged or something else \(ReadImageInformation: number of domain axes"),
         ("2-D", "has 2 dimensions and 1 number per voxel"),
         ("colours", "has 3 dimensions and 3 numbers per voxel"),
         ("several series", r"several DICOM series \(FLAIR 3D, 4 files; T1 MPRAGE, 3 files\): put the files of each"),
