@@ -21,7 +21,7 @@ from rsanet.segment.names import canonical
 from rsanet.segment.public_datasets import PUBLIC
 from rsanet.segment.raters import RULES, RatersMask
 from rsanet.segment.volumes import DataWarning, check_views, read_image, read_mask, same_grid
-from rsanet.segment.words import counted, sizes
+from rsanet.segment.words import counted, sizes, some
 
 # The order of channels where the user names none; other contrasts follow alphabetically.
 CONTRASTS = ("FLAIR", "T1w", "T2w")
@@ -88,7 +88,7 @@ def list_cases(
 
 
 def is_derived_alone(case: Case, path: Path) -> bool:
-    """Whether a case of BIDS has nothing but masks among the derivatives: the data set has no such subject or session."""
+    """Whether a case of BIDS is in the derivatives alone: the data set has no such subject or session."""
     return bool(case.place) and not (path / case.place).parent.is_dir()
 
 
@@ -133,12 +133,6 @@ def check_name(name: str, path: Path) -> None:
             f"{path} has a case named {name[:40]!r}, and files are named by it: give a name of up to 150 bytes of "
             "printable characters."
         )
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few of many names."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def check_case(case: Case, contrasts: Sequence[str], *, require_mask: bool) -> None:

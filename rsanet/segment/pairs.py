@@ -11,10 +11,11 @@ from typing import TypeVar
 import numpy as np
 
 from rsanet.segment.cases import Case
-from rsanet.segment.datasets import list_cases, reference_words, some
+from rsanet.segment.datasets import list_cases, reference_words
 from rsanet.segment.names import is_other_mask, is_probability, kind_of, subject_of_name, tell_left_out, volumes_below
 from rsanet.segment.raters import files_of
 from rsanet.segment.volumes import DataWarning, MaskSource, read_volume, stem
+from rsanet.segment.words import some
 
 MOST_LABELS = 20  # of a mask, binary or not; an image or a probability has thousands of values
 LESION_MASK = "label-lesion"  # in BIDS
@@ -195,7 +196,7 @@ def find_masks(folder: str | os.PathLike, *, quiet: bool = False) -> dict[str, l
 
 
 def has_few_values(file: Path) -> bool:
-    """Whether a file has as few values as a mask; true of one that cannot be read, whose reason whoever reads it has."""
+    """Whether a file has as few values as a mask, or cannot be read, which whoever reads it will tell."""
     try:
         voxels = read_volume(file)[0]
     except (ValueError, OSError):

@@ -6,6 +6,7 @@ import pytest
 
 from rsanet.segment.datasets import find_cases, is_simulated, list_cases
 from rsanet.segment.pairs import find_references
+from rsanet.segment.splits import subject_of
 
 
 @pytest.fixture
@@ -275,7 +276,7 @@ def test_a_table_without_names_takes_them_from_the_files(put):
         ("id,FLAIR\n\na\n", "line 3, has 1 cell, but"),
         ('id,FLAIR\n"a,b.nii\n', "cannot be read as CSV"),
         ("id,FLAIR\na,b.nii\nb,b.nii\na,c.nii\n", "names a more than once"),
-        ("name,age\nx,3\n", "line 2, has no image"),
+        ("site,age\nx,3\n", "line 2, has no image"),
         ("a,a_FLAIR.nii\nb,b_FLAIR.nii\n", "line 1, names no columns, but a_FLAIR.nii: put a header"),
         ("id,age\nx,3\n", "has no images of its 1 case"),
     ],
@@ -357,6 +358,118 @@ def test_a_list_of_simulated_images_is_simulated(cohort, put, phantoms):
     image = phantoms.image_path(cohort, "sub-001")
     assert is_simulated(put("list.csv", content=f"FLAIR\n{image}\n"))
     assert not is_simulated(put("list.csv", content="FLAIR\nx.nii\n"))
+
+
+NAMES = [
+    "patient_id",
+    "Patient ID",
+    "PatientID",
+    "patient-id",
+    "Subject ID",
+    "subject",
+    "SUBJECT",
+    "Subj.",
+    "ID",
+    "#ID",
+]
+NAMES += [
+    "participant_id",
+    "Participant",
+    "case",
+    "Case-ID",
+    "scan_id",
+    "Scan ID",
+    "image id",
+    "study_id",
+    "Name",
+    "MRN",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_headers_name_the_cases(put, name):
+    table = f"site,age,{name},FLAIR,T1 file,lesion_mask,brain_mask,lesion volume\n"
+    path = put("list.csv", content=table + "A,30,x,a.nii,b.nii,m.nii,n.nii,3.5\nA,31,y,c.nii,d.nii,o.nii,n.nii,0\n")
+    cases, contrasts = list_cases(path)
+    assert [case.id for case in cases] == ["x", "y"]
+    assert contrasts == ["FLAIR", "T1w"]
+    assert cases[0].mask == path.parent / "m.nii"
+    assert left_out(path) == []
+    entries = [{name: "x", "FLAIR": "a.nii", "age": 30}, {name: "y", "FLAIR": "b.nii", "age": 31}]
+    assert [case.id for case in list_cases(put("list.json", content=entries))[0]] == ["x", "y"]
+
+
+def test_a_table_whose_cases_no_column_names_says_so(put):
+    path = put("list.csv", content="Hospital;age;FLAIR\nx;30;a_FLAIR.nii\ny;31;b_FLAIR.nii\n")
+    assert [case.id for case in list_cases(path)[0]] == ["a", "b"]
+    (said,) = left_out(path)
+    assert said == (
+        f"{path} has no column that is called subject or id, so that its cases are named by their files (a, b); left "
+        "out: Hospital, age."
+    )
+
+
+def test_of_a_subject_with_several_scans_the_scan_is_the_case(put):
+    path = put("a.csv", content="patient_id,scan_id,FLAIR\nP1,s1,a.nii\nP1,s2,b.nii\nP2,s3,c.nii\n")
+    cases = list_cases(path)[0]
+    assert [(case.id, case.subject) for case in cases] == [("s1", "P1"), ("s2", "P1"), ("s3", "P2")]
+    path = put("b.tsv", content="participant_id\tsession_id\tFLAIR\nsub-1\tses-1\ta.nii\nsub-1\tses-2\tb.nii\n")
+    cases = list_cases(path)[0]
+    assert [(case.id, subject_of(case)) for case in cases] == [("sub-1_ses-1", "sub-1"), ("sub-1_ses-2", "sub-1")]
+    path = put("c.csv", content="Subject,Visit,FLAIR\nP1,1,a.nii\nP1,1,b.nii\n")
+    refused(path, "names P1 more than once")
+
+
+MISSING = ["n/a", "N/A", "NA", "NaN", "nan", "none", "None", "", "  ", "null", "#N/A", "-"]
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_missing_values_are_no_files(put, missing):
+    for name, delimiter in (("list.tsv", "\t"), ("list.csv", ",")):
+        rows = [
+            ["participant_id", "FLAIR", "T1w", "mask"],
+            ["a", "a.nii", missing, missing],
+            ["b", "b.nii", "c.nii", "m.nii"],
+        ]
+        path = put(name, content="\n".join(delimiter.join(row) for row in rows))
+        first, second = list_cases(path)[0]
+        assert (list(first.images), first.mask) == (["FLAIR"], None)
+        assert list(second.images) == ["FLAIR", "T1w"]
+        path = put(name, content="\n".join(delimiter.join(row) for row in [rows[0], [missing, "a.nii", "b.nii", ""]]))
+        refused(path, "line 2, has nothing as participant_id: give each case its name there")
+    path = put("list.json", content=[{"id": "a", "FLAIR": "a.nii", "T1": missing, "mask": float("nan")}])
+    assert list(list_cases(path)[0][0].images) == ["FLAIR"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "start", ["", "\ufeff", "sep={}\n", "\ufeffsep={}\n", "SEP={}\r\n", '"sep={}"\n', "\n\n", "# of us, all\n"]
+)
+@pytest.mark.parametrize("delimiter", [";", ",", "\t"])
+def test_what_excel_and_people_put_into_tables_is_read(put, start, delimiter, end):
+    rows = [
+        ["Subject ID", "FLAIR", '"T1 3D; 1, 1, 1"', "mask", "", ""],
+        ["# scanned, again"],
+        ["1", '"a; b, c.nii"', "t.nii", "NA", "", ""],
+        [],
+        ["  # it's a remark"],
+        [" 2 ", "d.nii", "u.nii", "m.nii", "", "", "", ""],
+        [""] * 6,
+    ]
+    text = start.format(delimiter) + end.join(delimiter.join(row) for row in rows)
+    cases, contrasts = list_cases(put("list.csv", content=text))
+    assert contrasts == ["FLAIR", "T1w"]
+    assert [(case.id, case.images["FLAIR"].name) for case in cases] == [("1", "a; b, c.nii"), ("2", "d.nii")]
+    assert (cases[0].mask, cases[1].mask.name) == (None, "m.nii")
+
+
+def test_cases_behind_a_hash_are_named(put):
+    path = put("list.csv", content="id,FLAIR\n#1,a.nii\n# a remark\n2,b.nii\n")
+    assert [case.id for case in list_cases(path)[0]] == ["2"]
+    (said,) = left_out(path)
+    assert said.endswith("1 line with files left out, the # in front making it a comment: #1,a.nii.")
+    path = put("list.tsv", content="#Subject ID\tFLAIR\n# of the first year\n2\tb.nii\n")
+    assert [case.id for case in list_cases(path)[0]] == ["2"]
 
 
 # --- what is no case, and what is left out ------------------------------------------------------------------
