@@ -12,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from rsanet.extras import install
 from rsanet.segment.words import counted
 
 # Who reads each, so that the content of a file does not choose.
@@ -91,7 +92,7 @@ def _itk(path: Path) -> Any:
         itk = import_module("SimpleITK")
     except ImportError as error:
         raise ValueError(
-            f'{path} is not NIfTI: to read it as it is, pip install "rsanet[formats]", which brings SimpleITK; or '
+            f"{path} is not NIfTI: to read it as it is, {install('formats')}, which brings SimpleITK; or "
             f"convert it to .nii.gz, for example with {'dcm2niix' if path.is_dir() else 'ITK-SNAP'}."
         ) from error
     itk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is told below

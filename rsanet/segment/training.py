@@ -63,6 +63,7 @@ from rsanet.segment.words import counted, sizes
 WARM_UP = 0.05  # of the steps
 LONGEST_GRADIENT = 1.0  # its norm is clipped there
 SAVE_SECONDS = 300.0  # a kill loses no more work than this
+HOPELESS = 0.05  # Dice of cases with lesions; marks at random come to about as much
 JUDGED = 3  # training cases that are looked at where no held-out case has a lesion
 
 # Lesions are few voxels: each loss is of the whole batch, since a patch without any says nothing on its own.
@@ -108,11 +109,11 @@ class Score(NamedTuple):
 
     Attributes:
         dice: the mean; None without a case.
-        found: whether any lesion voxel is marked; None where no case has a lesion.
+        found: the mean of the cases with lesions; None where there are none, and empty masks agree with nothing.
     """
 
     dice: float | None
-    found: bool | None
+    found: float | None
 
 
 class LeftError(Exception):
@@ -170,7 +171,7 @@ class Progress:
         self.rows: list[dict[str, Any]] = []
         self.best = -math.inf
         self.validations_since_best = 0
-        self.found: bool | None = None  # of the weights that are kept; see `Score`
+        self.found: float | None = None  # of the weights that are kept; see `Score`
         self.seconds = 0.0  # of the runs before this one
         self.started = time.perf_counter()
 
@@ -336,37 +337,40 @@ def train(
         session.restore(state)
         if progress.rows and not run.model.is_file():
             raise ValueError(f"{run.model}, the best weights so far, is missing: put it back, or begin another run.")
-    if fabric.is_global_zero:
-        if not resume:
-            run.begin(
-                {
-                    "recipe": asdict(recipe),
-                    "data": str(data),
-                    "contrasts": contrasts,
-                    **divided,
-                    "spacing": spacing,
-                    "patch": patch,
-                    "device": str(device),
-                    "precision": precision.name,
-                    "versions": package_versions(),
-                }
-            )
-        backend = attention_backend(network, patch, device, precision)
-        drawn = f", masks: {words}" if (words := reference_words(cases, recipe.raters)) else ""
-        many = f"{fabric.world_size} processes, " if fabric.world_size > 1 else ""
-        print(
-            f"{f'Resuming at step {progress.step}' if progress.step else 'Training'} on "
-            f"{counted(len(training), 'case')} ({', '.join(contrasts)}), {len(held_out)} held out{drawn}: "
-            f"{many}{describe_device(fabric.device)}, attention backend {backend}, precision {precision}, "
-            f"patch {sizes(patch)}, batch {recipe.batch}, seed {recipe.seed}.",
-            flush=True,
-        )
-    if not progress.is_over(recipe) or session.validation_is_due():
-        session.fit(volumes)
+    with session.interruption:
         if fabric.is_global_zero:
-            session.tell_remarks(volumes)
-    elif fabric.is_global_zero:
-        print(f"The run ended at step {progress.step}: there is nothing left to do.", flush=True)
+            if not resume:
+                run.begin(
+                    {
+                        "recipe": asdict(recipe),
+                        "data": str(data),
+                        "contrasts": contrasts,
+                        **divided,
+                        "spacing": spacing,
+                        "patch": patch,
+                        "device": str(device),
+                        "precision": precision.name,
+                        "versions": package_versions(),
+                    }
+                )
+            backend = attention_backend(network, patch, device, precision)
+            drawn = f", masks: {words}" if (words := reference_words(cases, recipe.raters)) else ""
+            many = f"{fabric.world_size} processes, " if fabric.world_size > 1 else ""
+            print(
+                f"{f'Resuming at step {progress.step}' if progress.step else 'Training'} on "
+                f"{counted(len(training), 'case')} ({', '.join(contrasts)}), {len(held_out)} held out{drawn}: "
+                f"{many}{describe_device(fabric.device)}, attention backend {backend}, precision {precision}, "
+                f"patch {sizes(patch)}, batch {recipe.batch}, seed {recipe.seed}.",
+                flush=True,
+            )
+        if not progress.is_over(recipe) or session.validation_is_due():
+            session.fit(volumes)
+            if fabric.is_global_zero:
+                session.tell_remarks(volumes)
+        elif fabric.is_global_zero:
+            print(f"The run ended at step {progress.step}: there is nothing left to do.", flush=True)
+    if session.interruption.signum:
+        session.interruption.pass_on()
     if torch.distributed.is_initialized() and not connected:
         # The connection's threads may want the interpreter when it ends, and that aborts the process.
         fabric.barrier()
@@ -444,7 +448,8 @@ class Session:
         self.held_out = held_out
         self.precision = precision
         self.progress = progress
-        self.interruption = Interruption("")
+        words = "rsanet: this step is finished and saved; Ctrl-C again ends at once, without.\n"
+        self.interruption = Interruption(words if fabric.is_global_zero else "")
         self.criterion = CRITERIA[recipe.loss]()
         self.average = moving_average(network, recipe.ema).to(fabric.device) if recipe.ema else None
         if recipe.compile:
@@ -509,8 +514,7 @@ class Session:
             unit="step",
             disable=not (fabric.is_global_zero and sys.stderr.isatty()),
         )
-        words = "rsanet: this step is finished and saved; Ctrl-C again ends at once, without.\n"
-        with bar, Interruption(words if fabric.is_global_zero else "") as self.interruption:
+        with bar:
             if self.validation_is_due():
                 self.validate(board)
                 self.save()
@@ -561,13 +565,13 @@ class Session:
             shown = (volume for volume in map(volumes.__getitem__, range(len(volumes))) if (volume["mask"] > 0).any())
             judged = list(itertools.islice(shown, JUDGED))
             found = self.score(network, judged).found
-            where = f"of {counted(len(judged), 'training case')}, and no held-out case has any"
+            where = f"of {counted(len(judged), 'training case')}, no held-out case having any"
         scale = "a smaller --attention-scale (0.005, for example), " if self.recipe.attention != "none" else ""
         advice = (
             f"give more --steps, {scale}another --lr or a larger --patch, and look whether each mask fits its images"
         )
-        if not found:
-            return f"The model finds none of the lesions {where}: {advice}."
+        if found < HOPELESS:
+            return f"The model finds next to none of the lesions {where} (Dice {found:.3f}): {advice}."
         dices = [max(row[name] for name in ("dice", "dice_ema") if row.get(name, "") != "") for row in self.scored()]
         if len(dices) > 1 and max(dices[1:]) <= dices[0]:
             first = self.scored()[0]["step"]
@@ -678,7 +682,7 @@ class Session:
             if not torch.isfinite(parameter).all():
                 self.fail(f"The weights are not finite at step {self.progress.step}: give a lower --lr.")
         network.eval()
-        scores, hits = [], []
+        scores, found = [], []
         for number in range(len(cases)):
             if self.interruption.signum and self.fabric.world_size == 1:
                 self.network.train()
@@ -688,11 +692,14 @@ class Session:
             marked, lesion = probability[0] > 0.5, case["mask"] > 0
             scores.append(dice(marked, lesion))
             if lesion.any():
-                hits.append(bool((marked & lesion).any()))
+                found.append(scores[-1])
         self.network.train()
-        parts = self.gathered((scores, hits)) if cases is self.held_out else [(scores, hits)]
-        scores, hits = ([value for part in parts for value in part[which]] for which in (0, 1))
-        return Score(sum(scores) / len(scores) if scores else None, any(hits) if hits else None)
+        parts = self.gathered((scores, found)) if cases is self.held_out else [(scores, found)]
+        means = []
+        for values in zip(*parts, strict=True):
+            every = [value for part in values for value in part]
+            means.append(sum(every) / len(every) if every else None)
+        return Score(*means)
 
     def words(self) -> str:
         """For the progress bar: the loss of the last steps, and the last Dice."""

@@ -585,9 +585,11 @@ def test_a_training_that_found_nothing_says_so_and_what_to_try(cohort, tiny, tmp
     shares = [] if held_out else ["--val-fraction", "0"]
     run = tmp_path / "run"
     code, out, err = rsanet("train", cohort, "-o", run, *tiny, *shares, "--steps", "2", "--lr", "1e-9")
-    where = "of the 1 held-out case" if held_out else "of 3 training cases, and no held-out case has any"
+    where = "of the 1 held-out case" if held_out else "of 3 training cases, no held-out case having any"
     (remark,) = remarks(run)
-    assert re.fullmatch(rf"The model finds none of the lesions {where}: {ADVICE} fits its images\.", remark)
+    assert re.fullmatch(
+        rf"The model finds next to none of the lesions {where} \(Dice 0\.0\d\d\): {ADVICE} fits its images\.", remark
+    )
     assert (code, err) == (0, f"rsanet: warning: {remark}\n")
     doubtful = f"but it may be of no use: the remarks in {run / 'config.yaml'} say why."
     assert out.splitlines()[-1] == f"The model is {run / 'model.safetensors'}, {doubtful}"
@@ -600,7 +602,9 @@ def test_held_out_cases_without_lesions_do_not_speak_for_a_model(tmp_path, phant
     split = tmp_path / "split.json"
     split.write_text('{"train": ["sub-001", "sub-002"], "validation": ["sub-003"]}')
     monkeypatch.setattr(training, "lesion_probability", lambda network, image, *rest: torch.zeros_like(image[:, :1]))
-    with pytest.warns(DataWarning, match="finds none of the lesions of 2 training cases, and no held-out case has any"):
+    with pytest.warns(
+        DataWarning, match="finds next to none of the lesions of 2 training cases, no held-out case having any"
+    ):
         training.train(root, tmp_path / "run", Recipe(steps=1, split=str(split), **SMALL))
     assert rows(tmp_path / "run")[0]["dice"] == "1.0"  # nothing is marked where nothing is
 
@@ -622,7 +626,7 @@ def test_a_loss_that_is_not_finite_stays_in_the_record_until_the_run_does_better
         training.train(cohort, tmp_path, Recipe(steps=1, **SMALL))
     assert "The loss is nan at step 1 on sub-00" in remarks(tmp_path)[0]
     monkeypatch.setattr(training.RSANet, "forward", forward)
-    monkeypatch.setattr(training, "lesion_probability", lambda network, image, *rest: torch.ones_like(image[:, :1]))
+    monkeypatch.setattr(training, "dice", lambda prediction, mask: 0.9)
     training.train(cohort, tmp_path, resume=True)
     assert remarks(tmp_path) == []
 
