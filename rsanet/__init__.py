@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from rsanet.network import RSANet
     from rsanet.sharding import prepare_for_sharding
 
+__version__ = "0.1.0"  # the one place: pyproject.toml takes it from here
+
 __all__ = [
     "NonLocalBlock",
     "RSABlock",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rsanet.extras import install
 from rsanet.network import RSANet
 
 FORMAT_KEY, FORMAT = "rsanet_format", "1"
@@ -153,7 +154,7 @@ def _require_safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "model files need the package safetensors, which is not installed: pip install 'rsanet[segment]'"
+            f"model files need the package safetensors, which is not installed: {install('segment')}"
         ) from error
     return safetensors
 

@@ -13,12 +13,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from rsanet import __version__
+from rsanet.extras import install
 
 try:
     import typer
 except ImportError:
-    sys.exit('The rsanet command needs typer, which is not installed: pip install "rsanet[segment]"')
+    sys.exit(f"The rsanet command needs typer, which is not installed: {install('segment')}.")
 
 from rsanet.commands.common import Command, Stopped
 from rsanet.commands.doctor import doctor
@@ -46,6 +49,24 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def tell_version(asked: bool) -> None:
+    """Prints the version and ends."""
+    if asked:
+        typer.echo(f"rsanet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What goes before every verb."""
+
+
 # Each with the example that ends its help.
 VERBS: dict[Callable[..., None], str] = {
     simulate: "rsanet simulate cohort --subjects 12 --spacing 2 --split 0.6 0.2 0.2",
@@ -121,7 +142,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         extra = EXTRAS.get(package, "segment")
-        return f'This command needs {package}, which is not installed: pip install "rsanet[{extra}]"'
+        return f"This command needs {package}, which is not installed: {install(extra)}."
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
         return "There is not enough memory: give a smaller --patch, --batch or --roi, or take a larger machine."
     if isinstance(error, OSError) and error.strerror:

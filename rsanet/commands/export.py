@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rsanet.commands.common import Model, completed
+from rsanet.extras import install
 
 
 def export(
@@ -42,5 +43,5 @@ def export(
         volumes = counted(len(done.shapes), "volume")
         typer.echo(f"The largest difference of a probability on {volumes} is {done.difference:.1g}.")
     else:
-        typer.echo('It was not compared, as onnxruntime is not installed: pip install "rsanet[export]"')
+        typer.echo(f"It was not compared, as onnxruntime is not installed: {install('export')}.")
     typer.echo(f"The file is {out}.")

@@ -49,9 +49,12 @@ def train(
             stopped.left = f" The run is kept in {run.checkpoint}: give --resume to go on."
         elif run.config.is_file():
             stopped.left = f" {out} has no checkpoint yet: --resume begins it again."
+        else:
+            stopped.left = " No step was done yet, and nothing is left."
         raise
     if leads():
-        typer.echo(f"The model is {model}.")
+        doubtful = f", but it may be of no use: the remarks in {run.config} say why" if run.remarks() else ""
+        typer.echo(f"The model is {model}{doubtful}.")
 
 
 def _option(name: str, annotation: Any) -> inspect.Parameter:

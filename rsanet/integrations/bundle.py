@@ -53,7 +53,8 @@ It takes {contrasts}, in this order, as NIfTI, prepared as the training images w
 first. The window is {window} voxels along z, y, x; slice-wise attention is global over its window, so results depend on
 it.
 
-It needs `pip install "rsanet[export]"`, whose transforms and network it names. In this folder:
+It needs rsanet with its extra `export`, whose transforms and network it names: `pip install ".[export]"` in the folder
+of rsanet's sources. In this folder:
 
 ```sh
 python -m monai.bundle run --config_file configs/inference.json --dataset_dir DATA --output_dir masks

@@ -1,12 +1,12 @@
 """What a model file says of itself, for the files of other formats that are made of it."""
 
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rsanet import __version__
 from rsanet.network import RSANet
 from rsanet.segment.data import ORIENTATION
 from rsanet.segment.segmenter import Segmenter, model_file
@@ -46,10 +46,6 @@ def describe(model: str | Path) -> Described:
     path = model_file(model)
     segmenter = Segmenter.load(path, device="cpu", precision="fp32")
     network = segmenter.network.to(memory_format=torch.contiguous_format).requires_grad_(False)
-    try:
-        version = metadata.version("rsanet")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
     words = {
         "contrasts": list(segmenter.contrasts),
         "classes": list(CLASSES),
@@ -62,6 +58,6 @@ def describe(model: str | Path) -> Described:
         "network": network.config,
         "model": path.name,
         "model_sha256": segmenter.sha256,
-        "versions": {"rsanet": version, "torch": torch.__version__},
+        "versions": {"rsanet": __version__, "torch": torch.__version__},
     }
     return Described(network, segmenter.roi, segmenter.contrasts, segmenter.spacing, words)

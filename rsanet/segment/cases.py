@@ -2,11 +2,11 @@
 
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rsanet.segment.raters import RULES, RatersMask, find_rater
+from rsanet.segment.raters import RULES, RatersMask, files_of, find_rater
 from rsanet.segment.volumes import MaskSource, stem
 
 CONSENSUS = "consensus"  # a mask with this in its name is what the raters agreed on, and no further rater's
@@ -36,6 +36,13 @@ class Case:
     raters: dict[str, Path | MaskSource] = field(default_factory=dict)
     subject: str = ""
     place: str = ""
+
+    def files(self) -> Iterator[Path]:
+        """All its files, those of which one is meant included."""
+        masks = [self.mask, *self.raters.values()]
+        yield from self.images.values()
+        yield from (path for paths in self.several.values() for each in paths for path in files_of(each))
+        yield from (path for mask in masks for path in files_of(mask))
 
     def pick(self, contrasts: Sequence[str]) -> dict[str, Path]:
         """The images of some contrasts, in their order, or an error that says which one is missing or given twice."""

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +16,13 @@ from tqdm import tqdm
 
 from rsanet.segment.cases import Case
 from rsanet.segment.geometry import align, has_voxels_of
-from rsanet.segment.layouts import UNDERSTOOD, read_cases, resembled
+from rsanet.segment.layouts import UNDERSTOOD, read_cases, resembled, tell_unused
 from rsanet.segment.lists import read_json
 from rsanet.segment.names import canonical
+from rsanet.segment.public_datasets import PUBLIC
 from rsanet.segment.raters import RULES, RatersMask
-from rsanet.segment.volumes import check_views, read_image, read_mask
-from rsanet.segment.words import counted
+from rsanet.segment.volumes import DataWarning, check_views, read_image, read_mask
+from rsanet.segment.words import counted, some
 
 # The order of channels where the user names none; other contrasts follow alphabetically.
 CONTRASTS = ("FLAIR", "T1w", "T2w")
@@ -29,7 +31,12 @@ READERS = 4  # cases that are checked at once
 
 
 def list_cases(
-    path: str | Path, contrasts: Sequence[str] | None = None, *, layout: str = "auto", raters: str | None = None
+    path: str | Path,
+    contrasts: Sequence[str] | None = None,
+    *,
+    layout: str = "auto",
+    raters: str | None = None,
+    masks_alone: bool = False,
 ) -> tuple[list[Case], list[str]]:
     """All the cases of a data set, complete or not.
 
@@ -38,6 +45,8 @@ def list_cases(
         contrasts: the wanted contrasts in channel order, by any of their names; None takes every one that occurs.
         layout: how it lies on disk; see `read_cases`.
         raters: whose lesion masks to take where several drew them: a rater's name, or one of `RULES`.
+        masks_alone: whether masks count that lie in BIDS derivatives of a place that the data set has not; else they
+            are left out with a warning.
 
     Returns:
         The cases, each with those of the wanted contrasts that it has, and the wanted contrasts.
@@ -63,12 +72,25 @@ def list_cases(
     found = {name for case in cases for name in (*case.images, *case.several) if name != "mask"}
     if not found:
         raise ValueError(f"{path} has no images of its {counted(len(cases), 'case')}: {_advice(path)}.")
+    if not masks_alone and layout not in PUBLIC:
+        tell_unused(path, cases)
+    if not masks_alone and (alone := [case for case in cases if is_derived_alone(case, path)]):
+        names = some([case.id for case in alone])
+        warnings.warn(
+            f"{path} has lesion masks in derivatives, but no folder, of {names}: left out.", DataWarning, stacklevel=1
+        )
+        cases = [case for case in cases if case not in alone]
     if raters is not None:
         cases = choose_raters(cases, raters, path)
     wanted = wanted or sorted(found, key=lambda name: (CONTRASTS.index(name) if name in CONTRASTS else 99, name))
     return [
         replace(case, images={name: case.images[name] for name in wanted if name in case.images}) for case in cases
     ], wanted
+
+
+def is_derived_alone(case: Case, path: Path) -> bool:
+    """Whether a case of BIDS is in the derivatives alone: the data set has no such subject or session."""
+    return bool(case.place) and not (path / case.place).parent.is_dir()
 
 
 def _advice(path: Path) -> str:
@@ -112,12 +134,6 @@ def check_name(name: str, path: Path) -> None:
             f"{path} has a case named {name[:40]!r}, and files are named by it: give a name of up to 150 bytes of "
             "printable characters."
         )
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few of many names."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def check_case(case: Case, contrasts: Sequence[str], *, require_mask: bool) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rsanet.extras import install
 from rsanet.segment.words import DataWarning, counted
 
 SLICES = (".dcm", ".ima")  # of DICOM, whose files need no such end
@@ -468,8 +469,8 @@ def _dataset(path: Path) -> Any:
         pydicom = import_module("pydicom")
     except ImportError as error:
         raise ValueError(
-            f'{path} is enhanced DICOM, of many slices: to read it as it is, pip install "rsanet[formats]", which '
-            "brings pydicom; or convert it to .nii.gz, for example with dcm2niix."
+            f"{path} is enhanced DICOM, of many slices: to read it as it is, {install('formats')}, which brings "
+            "pydicom; or convert it to .nii.gz, for example with dcm2niix."
         ) from error
     try:
         with _quiet():

@@ -15,6 +15,7 @@ from torch.nn.functional import conv3d
 
 from rsa_kernels import available_backends, explain
 from rsa_kernels.backends import AUTO, requested
+from rsanet import __version__
 from rsanet.attention import RSABlock
 from rsanet.network import RSANet
 from rsanet.segment.recipe import PRECISIONS
@@ -25,7 +26,7 @@ MEMORY_FORMAT = torch.channels_last_3d
 # See `shallow_gradient_is_wrong`.
 WRONG_DEPTH = 2
 
-VERSIONS = ("rsanet", "torch", "triton", "numpy", "monai", "lightning", "nibabel", "scipy")
+VERSIONS = ("torch", "triton", "numpy", "monai", "lightning", "nibabel", "scipy")
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def describe_device(device: torch.device) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of what a run depends on."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "rsanet": __version__}
     for name in VERSIONS:
         try:
             versions[name] = metadata.version(name)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rsanet.segment import files
 from rsanet.segment.datasets import list_cases, read_test_part
 from rsanet.segment.metrics import CaseMetrics, Protocol, SizeClass, choose_protocol, evaluate_case
-from rsanet.segment.pairs import find_masks, find_references, pair_masks, subject_of_mask
+from rsanet.segment.pairs import find_masks, find_references, name_as, pair_masks, subject_of_mask
 from rsanet.segment.raters import ignored_voxels
 from rsanet.segment.statistics import PairedTest, Summary, compare_paired, summarize
 from rsanet.segment.volumes import MaskSource, names_volume, read_mask, read_mask_on
@@ -226,13 +226,20 @@ def _evaluate_paths(
     words = ""
     pairs: dict[str, tuple[Path, Path | MaskSource]] = {name or subject_of_mask(pred): (pred, ref)}
     if pred.is_dir():
-        references, words = find_references(ref, layout, raters)
         predictions = find_masks(pred)
+        references, words = find_references(ref, layout, raters, predictions)
+        predictions = name_as(predictions, references)
+        references = name_as(references, predictions)
         if split:
-            test = {case.id for case in read_test_part(split, list_cases(ref, layout=layout)[0])}
+            every = list_cases(ref, layout=layout)[0]
+            test = {case.id for case in read_test_part(split, every)}
+            others = {case.id for case in every} - test  # of which nobody asks
             references, predictions = (
-                {name: masks for name, masks in found.items() if name in test} for found in (references, predictions)
+                {name: masks for name, masks in found.items() if name not in others}
+                for found in (references, predictions)
             )
+            for name in sorted(test - references.keys() - predictions.keys()):
+                failures[name] = f"{name} has neither a prediction in {pred} nor a reference in {ref}."
         pairs = pair_masks(pred, predictions, ref, references, failures)
     cases = []
     left_out = False

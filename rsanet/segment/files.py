@@ -15,17 +15,17 @@ ENCODING: Mapping[str, str] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def check_writable(path: Path) -> None:
-    """Refuses a file name in a folder that does not exist or cannot be written."""
-    if path.parent.exists() and not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is a file: give a folder for {path.name}.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} does not exist: create the folder for {path.name} first.")
+    """Refuses a file name in a folder that can neither be written nor made."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
+    shown = path.parent if folder == path.absolute().parent else folder
+    if not folder.is_dir():
+        raise ValueError(f"{shown} is a file: give a folder for {path.name}.")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file.")
     if path.exists() and not path.is_file():  # it would be replaced, not written to
         raise ValueError(f"{path} is a device or a pipe: give the name of a file.")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path.parent} is not writable: choose another folder for {path.name}.")
+    if not os.access(shown, os.W_OK):
+        raise ValueError(f"{shown} is not writable: choose another folder for {path.name}.")
 
 
 def check_new(path: Path, *, overwrite: bool = False) -> None:
@@ -37,27 +37,49 @@ def check_new(path: Path, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, put in its place on success and removed otherwise."""
+    """A temporary name beside ``path``, put in its place on success and removed otherwise, with folders made for it."""
     check_writable(path)
-    # The name keeps its end: writers choose the format by it, and `.nii.gz` is more than a suffix.
-    partial = path.with_name(f".partial-{socket.gethostname()}-{os.getpid()}-{path.name}")
+    # The name keeps its end: writers choose the format by it, and `.nii.gz` is more than a suffix. nibabel writes
+    # `.Nii.gz` under another name than that it is given.
+    partial = path.with_name(f".partial-{socket.gethostname()}-{os.getpid()}-{path.name.lower()}")
     try:
-        yield partial
-        os.replace(partial, path)
+        with parents_made(path):
+            try:
+                yield partial
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
     except OSError as error:
         if error.strerror is None:
             raise
         # A full disk names no file, and another error names the temporary one.
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def parents_made(path: Path) -> Iterator[None]:
+    """Makes the folders that a path is in; what was made goes again where nothing comes to lie in it."""
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            try:
+                folder.rmdir()
+            except OSError:  # something lies in it
+                break
+        raise
 
 
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path``, for a folder, or a file that holds its own name, to be moved from there."""
     try:
-        with tempfile.TemporaryDirectory(prefix=f".unfinished-{path.name}-", dir=path.absolute().parent) as folder:
+        with (
+            parents_made(path),
+            tempfile.TemporaryDirectory(prefix=f".unfinished-{path.name}-", dir=path.absolute().parent) as folder,
+        ):
             yield Path(folder)
     except OSError as error:
         if error.strerror is None:

@@ -13,6 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from rsanet.extras import install
 from rsanet.segment.dicom import is_series, read_series
 from rsanet.segment.words import DataWarning, counted
 
@@ -73,7 +74,7 @@ def _itk(path: Path) -> Any:
         itk = import_module("SimpleITK")
     except ImportError as error:
         raise ValueError(
-            f'{path} is not NIfTI: to read it as it is, pip install "rsanet[formats]", which brings SimpleITK; or '
+            f"{path} is not NIfTI: to read it as it is, {install('formats')}, which brings SimpleITK; or "
             f"convert it to .nii.gz, for example with {'dcm2niix' if path.is_dir() else 'ITK-SNAP'}."
         ) from error
     itk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is told below

@@ -4,12 +4,23 @@ A reader returns `Case` objects, complete or not, with contrasts by one name eac
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rsanet.segment.cases import Case, make_case, name_raters
 from rsanet.segment.lists import channels_of, read_datalist, read_json, read_table
-from rsanet.segment.names import canonical, kind_of, subfolders, subject_of_name, volumes_in
+from rsanet.segment.names import (
+    canonical,
+    is_other_mask,
+    is_probability,
+    kind_of,
+    subfolders,
+    subject_of_name,
+    tell_left_out,
+    unread_in,
+    volumes_below,
+    volumes_in,
+)
 from rsanet.segment.provenance import is_predicted
 from rsanet.segment.public_datasets import PUBLIC
 from rsanet.segment.recipe import LAYOUTS
@@ -19,6 +30,8 @@ UNDERSTOOD = (
     "give a BIDS folder (sub-001/anat/sub-001_FLAIR.nii.gz), an nnU-Net folder (dataset.json, imagesTr), a folder with "
     "SUBJECT/FLAIR.nii.gz or SUBJECT_FLAIR.nii.gz inside, or a list of files, .csv or .json"
 )
+
+BIDS_FOLDERS = ("derivatives", "sourcedata", "rawdata", "code", "stimuli", "phenotype")  # beside the subjects'
 
 
 def read_cases(path: Path, layout: str = "auto") -> list[Case]:
@@ -56,6 +69,49 @@ def read_any(path: Path) -> list[Case]:
     return read_folders(path) + read_flat(path)
 
 
+def tell_unused(path: Path, cases: Sequence[Case]) -> None:
+    """Warns of the volumes in a folder that are of no case, unless a layout has a place of its own for them.
+
+    Maps of probabilities and masks of the brain never count, and neither do volumes in another format beside NIfTI
+    files of the same subject.
+    """
+    used = {file for case in cases for file in case.files()}
+    if not path.is_dir() or nnunet_images(path):
+        return
+    if any(case.place for case in cases):
+        masks = [
+            file
+            for root in (path, *bids_pipelines(path))
+            for place in _bids_places([root])
+            for file in volumes_in(root / place / "anat")
+            if file not in used and re.search("lesion|wmh", file.name, re.IGNORECASE) and not _is_labelled(file)
+        ]
+        tell_left_out(masks, path, "being no derivatives/*/sub-*/anat/*label-lesion*_mask.nii.gz")
+        folders = [path, *(each for each in subfolders(path) if not each.name.startswith((*BIDS_FOLDERS, "sub-")))]
+        tell_left_out([file for each in folders for file in volumes_in(each)], path, "lying in no sub-*/anat")
+        return
+    deep, unknown = [], []
+    subjects = {(file.parent, subject_of_name(file) if file.parent == path else "") for file in used}
+    for file in [*volumes_below(path), *(file for each in (path, *subfolders(path)) for file in unread_in(each))]:
+        named = stem(file) if file.parent == path else stem(file).removeprefix(file.parent.name)
+        subject = (file.parent, subject_of_name(file) if file.parent == path else "")
+        if (
+            file in used
+            or is_probability(named)
+            or is_other_mask(named)
+            or (not is_nifti(file) and subject in subjects)
+        ):
+            continue
+        (deep if len(file.relative_to(path).parts) > 2 else unknown).append(file)
+    tell_left_out(unknown, path, "being named as neither a contrast nor a lesion mask, or not in NIfTI as others are")
+    tell_left_out(deep, path, "lying deeper than SUBJECT/FLAIR.nii.gz")
+
+
+def _is_labelled(file: Path) -> bool:
+    """Whether a file is by its name a probability, or the mask of something else than all lesions."""
+    return is_probability(stem(file)) or ("_label-" in file.name and "_label-lesion_" not in file.name)
+
+
 def resembled(path: Path) -> str:
     """The public data set that a folder looks like, or nothing."""
     return next((name for name, dataset in PUBLIC.items() if path.is_dir() and dataset.read(path)), "")
@@ -83,34 +139,49 @@ def read_list(path: Path) -> list[Case]:
 def read_bids(folder: Path) -> list[Case]:
     """Cases of ``sub-*/anat/*_CONTRAST.nii.gz``, masks in ``derivatives/*/sub-*/anat/*label-lesion*_mask.nii.gz``.
 
-    With sessions, each ``sub-*/ses-*`` is a case, likewise. A T1w with contrast agent (``ce-``) is a T1ce. What
-    `rsanet predict` wrote into ``derivatives`` is no reference.
+    With sessions, each ``sub-*/ses-*`` is a case, likewise; one without ``anat``, as of diffusion alone, is none,
+    unless it has a mask. A T1w with contrast agent (``ce-``) is a T1ce. What `rsanet predict` wrote into
+    ``derivatives`` is no reference.
     """
-    pipelines = [path for path in subfolders(folder / "derivatives") if not is_predicted(path)]
+    pipelines = bids_pipelines(folder)
     cases = []
-    for subject in (path for path in subfolders(folder) if path.name.startswith("sub-")):
-        sessions = [path for path in subfolders(subject) if path.name.startswith("ses-")]
-        for place in [subject, *sessions] if (subject / "anat").is_dir() or not sessions else sessions:
-            where = place.relative_to(folder)
-            images: list[tuple[str, Path]] = []
-            masks: dict[str, Path] = {}
-            for path in volumes_in(place / "anat"):
-                contrast = canonical(stem(path).rpartition("_")[2])
-                if not contrast.lower().endswith(("mask", "seg")):
-                    images.append(("T1ce" if contrast == "T1w" and "_ce-" in path.name else contrast, path))
-            for pipeline in pipelines:
-                drawn = [
-                    path
-                    for path in volumes_in(pipeline / where / "anat")
-                    if "label-lesion" in path.name and stem(path).endswith("_mask")
-                ]
-                if len(drawn) == 1:
-                    masks[pipeline.name] = drawn[0]
-                else:
-                    named = name_raters("_".join(where.parts), drawn)
-                    masks |= {f"{pipeline.name}/{name}": path for name, path in named.items()}
-            cases.append(make_case("_".join(where.parts), images, masks, place=(where / "anat").as_posix()))
+    for where in _bids_places([folder, *pipelines]):
+        name = "_".join(where.parts)
+        images: list[tuple[str, Path]] = []
+        masks: dict[str, Path] = {}
+        for path in volumes_in(folder / where / "anat"):
+            contrast = canonical(stem(path).rpartition("_")[2])
+            if not contrast.lower().endswith(("mask", "seg")):
+                images.append(("T1ce" if contrast == "T1w" and "_ce-" in path.name else contrast, path))
+        for pipeline in pipelines:
+            drawn = [
+                path
+                for path in volumes_in(pipeline / where / "anat")
+                if "label-lesion" in path.name and stem(path).endswith("_mask")
+            ]
+            if len(drawn) == 1:
+                masks[pipeline.name] = drawn[0]
+            else:
+                named = name_raters(name, drawn)
+                masks |= {f"{pipeline.name}/{rater}": path for rater, path in named.items()}
+        if masks or (folder / where / "anat").is_dir():
+            cases.append(make_case(name, images, masks, place=(where / "anat").as_posix()))
     return cases
+
+
+def bids_pipelines(folder: Path) -> list[Path]:
+    """The derivatives of a data set of BIDS whose masks are references."""
+    return [path for path in subfolders(folder / "derivatives") if not is_predicted(path)]
+
+
+def _bids_places(roots: Sequence[Path]) -> list[Path]:
+    """The subjects and sessions with a folder ``anat`` in a data set of BIDS or in its derivatives, in order."""
+    found = set()
+    for root in roots:
+        for subject in (path for path in subfolders(root) if path.name.startswith("sub-")):
+            sessions = [path for path in subfolders(subject) if path.name.startswith("ses-")]
+            found |= {place.relative_to(root) for place in (subject, *sessions) if (place / "anat").is_dir()}
+    return sorted(found)
 
 
 def nnunet_images(path: Path) -> Path | None:

@@ -1,19 +1,28 @@
 """Lists of files: tables and JSON, of which each row or entry is a case."""
 
 import csv
-import io
 import json
+import re
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rsanet.segment.cases import Case, make_case
-from rsanet.segment.names import MASK, canonical, kind_of, subject_of_name, words_of
-from rsanet.segment.volumes import names_volume, stem
-from rsanet.segment.words import counted
+from rsanet.segment.names import MASK, canonical, is_other_mask, is_probability, kind_of, subject_of_name, words_of
+from rsanet.segment.volumes import DataWarning, names_volume, stem
+from rsanet.segment.words import counted, some
 
-IDS = ("id", "subject", "case", "participant_id", "subject_id", "case_id")
+# Headers that say whose images a row has, as `_key` makes them: the subject's, the scan's, or which of several.
+CALLED = "(id|ids|identifier|code|key|name|label|no|nr|num|number)"
+SUBJECTS = re.compile(rf"(subject|subj|sub|participant|patient|pat|person|proband|pseudonym|anon){CALLED}?")
+SCANS = re.compile(
+    rf"(id|case|scan|mrn|uid){CALLED}?|(image|study|exam|series|record|file|bids){CALLED}|name|key|identifier"
+)
+SESSIONS = re.compile(rf"(session|ses|visit|timepoint|tp){CALLED}?")
+MISSING = ("", "n/a", "na", "nan", "none", "null", "nil", "-", "--", "#n/a", "<na>")  # in lower case
+SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # Excel's first line
 
 HEADER = "id,FLAIR,T1w,mask"  # of a table, for example
 
@@ -24,11 +33,29 @@ LISTS = ("training", "validation")  # of a datalist, read together where none is
 def read_table(path: Path) -> list[Case]:
     """Cases of a table with a header: a column per contrast and, where there are, ``id`` and ``mask``.
 
-    Other columns are left out. Paths are relative to the table's folder.
+    Other columns are left out, and so are Excel's line ``sep=;`` and lines that begin with ``#``. ``n/a`` and the like
+    are missing values. Paths are relative to the table's folder.
     """
-    text = read_text(path)
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)  # Excel writes ; where the comma is decimal
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = read_text(path).splitlines(keepends=True)
+    declared = SEPARATOR.fullmatch(lines[0].rstrip("\r\n")) if lines else None
+    lines[: 1 if declared else 0] = ["\n"] * bool(declared)
+    comments = [line for line in lines if re.match(r"\s*#(?!n/a)", line, re.IGNORECASE)]
+    first, *others = re.split("[,;\t]", next((line for line in lines if line.strip()), ""))
+    if comments and others and _names_cases(first):  # a header of its own kind: #subject,FLAIR
+        comments = [line for line in comments if not line.startswith(first)]
+    if told := [
+        line.strip() for line in comments if any(names_volume(word) for word in re.split(r"[,;\t\s\"]+", line))
+    ]:
+        warnings.warn(
+            f"{path}: {counted(len(told), 'line')} with files left out, the # in front making it a comment: "
+            f"{some(told, 3)}.",
+            DataWarning,
+            stacklevel=1,
+        )
+    lines = ["\n" if line in comments else line for line in lines]
+    head = re.sub(r'"[^"]*"', "", next((line for line in lines if line.strip()), ""))
+    delimiter = declared[1] if declared else max(",;\t", key=head.count)  # Excel writes ; where the comma is decimal
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     rows = []
     try:
@@ -41,10 +68,12 @@ def read_table(path: Path) -> list[Case]:
                 if files := [cell for cell in row if names_volume(cell)]:
                     raise ValueError(f"{where} names no columns, but {files[0]}: put a header such as {HEADER} above.")
                 header = row
-            elif len(row) != len(header):
+                continue
+            if not any(row[len(header) :]):
+                del row[len(header) :]  # separators at the end of a line
+            if len(row) != len(header):
                 raise ValueError(f"{where} has {counted(len(row), 'cell')}, but the header has {len(header)}.")
-            else:
-                rows.append((where, list(zip(header, row, strict=True))))
+            rows.append((where, list(zip(header, row, strict=True))))
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}, cannot be read as CSV: {error}.") from error
     if not rows:
@@ -140,20 +169,30 @@ def _pairs(entry: dict[str, Any], channels: Sequence[str], where: str) -> Iterat
 def _listed(rows: Sequence[tuple[str, Sequence[tuple[str, Any]]]], path: Path) -> list[Case]:
     """Cases of rows, each the words that say where it stands, and its columns with their values.
 
-    Without an ``id``, the name of the first image gives that of the case.
+    A column that names the scans tells those of one subject apart, where there are several. Without any that names
+    the cases, the name of the first image gives that of the case.
     """
-    cases = []
+    given = {column: [dict(columns).get(column) for _, columns in rows] for _, columns in rows for column, _ in columns}
+    case_column, subject_column, session_column = _naming_columns(given)
+    numbers = {column for column, values in given.items() if _are_numbers(values, path)}
+    cases, unknown = [], dict.fromkeys(())
     for where, columns in rows:
         name, images, masks = "", [], []
         for column, value in columns:
             kind = kind_of(column)
             file = isinstance(value, str) and names_volume(value)
-            if column.lower() in IDS:
-                name = str(value)
-            elif not kind and (not file or any(MASK.fullmatch(word[0].lower()) for word in words_of(column))):
+            missing = _is_missing(value)
+            if column in (case_column, session_column):
+                if missing:
+                    raise ValueError(f"{where} has nothing as {column}: give each case its name there.")
+                name += f"_ses-{str(value).removeprefix('ses-')}" if column == session_column else str(value)
+            elif column == subject_column or (_names_cases(column) and not file):
+                continue  # another name of the same
+            elif not kind and (not file or is_other_mask(column) or _is_part(column)):
+                unknown |= {column: None} if not missing else {}
                 continue  # an age, a site, a mask of the brain
-            elif value is None or value == "":
-                continue
+            elif missing or column in numbers:
+                continue  # a number beside a word as lesion is a volume
             elif not isinstance(value, str):
                 raise ValueError(f"{where} has {value!r} as {column}: give the path of a file.")
             elif kind == "mask":
@@ -164,5 +203,64 @@ def _listed(rows: Sequence[tuple[str, Sequence[tuple[str, Any]]]], path: Path) -
             if not images:
                 raise ValueError(f"{where} has no image: name a column by each contrast, for example FLAIR.")
             name = subject_of_name(images[0][1])
-        cases.append(make_case(name, images, masks))
+        whose = dict(columns).get(subject_column)
+        cases.append(make_case(name, images, masks, subject="" if _is_missing(whose) else str(whose)))
+    if unknown and not case_column:
+        warnings.warn(
+            f"{path} has no column that is called subject or id, so that its cases are named by their files "
+            f"({some([case.id for case in cases])}); left out: {', '.join(unknown)}.",
+            DataWarning,
+            stacklevel=1,
+        )
     return cases
+
+
+def _naming_columns(given: Mapping[str, Sequence[Any]]) -> tuple[str | None, str | None, str | None]:
+    """The column that names the cases, one that says whose they are where that is another, and one of their sessions.
+
+    Args:
+        given: the values of each column.
+    """
+    texts = {
+        column: [str(value) for value in values]
+        for column, values in given.items()
+        if not any(isinstance(value, str) and names_volume(value) for value in values)
+    }
+    subjects = [column for column in texts if SUBJECTS.fullmatch(_key(column))]
+    scans = [column for column in texts if SCANS.fullmatch(_key(column))]
+    sessions = [column for column in texts if SESSIONS.fullmatch(_key(column))]
+    every = [*subjects, *scans]
+    if not every:
+        return None, None, None
+    case = next((column for column in every if len(set(texts[column])) == len(texts[column])), None)
+    if case is None and sessions:
+        both = set(zip(texts[every[0]], texts[sessions[0]], strict=True))
+        if len(both) == len(texts[every[0]]) and list(given).index(every[0]) < list(given).index(sessions[0]):
+            return every[0], None, sessions[0]
+    case = case or every[0]
+    return case, subjects[0] if subjects and case in scans else None, None
+
+
+def _names_cases(column: str) -> bool:
+    return any(words.fullmatch(_key(column)) for words in (SUBJECTS, SCANS, SESSIONS))
+
+
+def _key(column: str) -> str:
+    """A header without what people write differently: case, spaces, underscores, hyphens, dots and signs."""
+    return re.sub(r"[\W_]+", "", column).lower()
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in MISSING)
+
+
+def _is_part(column: str) -> bool:
+    """Whether a column is of a mask that is none of lesions, or of a probability."""
+    return is_probability(column) or any(MASK.fullmatch(word[0].lower()) for word in words_of(column))
+
+
+def _are_numbers(values: Sequence[Any], path: Path) -> bool:
+    """Whether a column of a table holds numbers, and no files of such names."""
+    there = [value for value in values if not _is_missing(value)]
+    numbers = all(isinstance(value, str) and re.fullmatch(r"[-+]?[\d.,]+([eE][-+]?\d+)?%?", value) for value in there)
+    return bool(there) and numbers and not (path.parent / there[0]).exists()

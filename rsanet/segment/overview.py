@@ -9,7 +9,7 @@ import numpy as np
 
 from rsanet.segment.datasets import Case, is_simulated, list_cases
 from rsanet.segment.metrics import PROTOCOLS, Protocol
-from rsanet.segment.pairs import find_masks
+from rsanet.segment.pairs import masks_of_cases, only_mask
 from rsanet.segment.report import View, draw_report
 from rsanet.segment.segmenter import Segmenter
 
@@ -72,16 +72,17 @@ def draw_cohort(
     cases, contrasts = list_cases(data, layout=layout, raters=raters)
     if not Path(predictions).is_dir():
         raise FileNotFoundError(f"{predictions} is not a folder: give the folder that predict wrote.")
-    predicted = find_masks(predictions)
+    predicted = masks_of_cases(Path(predictions), cases)
     chosen = choose_cases(cases, predicted, subjects)
     shown = "FLAIR" if "FLAIR" in contrasts else contrasts[0]
+    masks = {case.id: only_mask(predicted[case.id], case.id) for case in chosen}
     views = [
-        View.of(case.pick([shown])[shown], case.pick_mask(), predicted[case.id][0], name=case.id, protocol=protocol)
+        View.of(case.pick([shown])[shown], case.pick_mask(), masks[case.id], name=case.id, protocol=protocol)
         for case in chosen
     ]
     maps: dict[str, np.ndarray] = {}
     if model is not None:
         first = chosen[0]
-        maps = model.attention_maps(replace(first, mask=first.mask or predicted[first.id][0]))
+        maps = model.attention_maps(replace(first, mask=first.mask or masks[first.id]))
     title = f"Lesion segmentation of {data}"
     return draw_report(views, maps, out, title=title, protocol=protocol, simulated=is_simulated(data))

@@ -3,14 +3,23 @@
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
+
+from rsanet.segment.cases import Case
 from rsanet.segment.datasets import list_cases, reference_words
+from rsanet.segment.names import is_other_mask, is_probability, kind_of, subject_of_name, tell_left_out, volumes_below
 from rsanet.segment.raters import files_of
-from rsanet.segment.volumes import SUFFIXES, MaskSource, stem
+from rsanet.segment.volumes import DataWarning, MaskSource, read_volume, stem
+from rsanet.segment.words import some
 
-NOT_MASKS = re.compile(r"(prob|FLAIR|T1w|T2w|PDw|T1|T2|flair)(seg)?\.nii(\.gz)?$")
+MOST_LABELS = 20  # of a mask, binary or not; an image or a probability has thousands of values
+LESION_MASK = "label-lesion"  # in BIDS
+Masks = TypeVar("Masks", bound=Path | MaskSource)
 
 
 def pair_masks(
@@ -61,38 +70,158 @@ def pair_masks(
     return pairs
 
 
+def name_as(found: Mapping[str, list[Masks]], others: Collection[str]) -> dict[str, list[Masks]]:
+    """Masks by the names that the other side has for their subjects.
+
+    A mask that has no partner by its own name goes by the shorter ones that it may be meant for: ``P1_FLAIR_seg`` is
+    of ``P1`` where the other side has that, and nothing here is called ``P1``.
+    """
+    meant: dict[str, set[str]] = {}
+    for other in others:
+        for name in (other, *_shorter_names(Path("/", other))):
+            meant.setdefault(name, set()).add(other)
+    named: dict[str, list[Masks]] = {}
+    for subject, masks in found.items():
+        for mask in masks:
+            names = _names(mask) if subject not in others and isinstance(mask, Path) else []
+            partners = [other for name in names for other in meant.get(name, ()) if len(meant[name]) == 1]
+            free = [other for other in partners if other not in found]
+            named.setdefault(free[0] if free else subject, []).append(mask)
+    return named
+
+
+def _shorter_names(file: Path) -> list[str]:
+    """What the subject of a mask may be called, by what its name begins with; the longest first.
+
+    Without the last word, where that is a contrast or says that it is a mask; but T1 and T2 are time points, too.
+    """
+    names = []
+    name = stem(file)
+    while (shorter := subject_of_name(file.with_name(name))) != name and len(names) < 3:
+        if re.fullmatch(r"[_\-. ]*t\d+", name.removeprefix(shorter), re.IGNORECASE):
+            break
+        name = shorter
+        names.append(unicodedata.normalize("NFC", name))
+    return list(filter(None, names))
+
+
 def find_references(
-    source: Path, layout: str = "auto", raters: str | None = None
+    source: Path, layout: str = "auto", raters: str | None = None, wanted: Collection[str] = ()
 ) -> tuple[dict[str, list[Path | MaskSource]], str]:
-    """The lesion masks of a data set by case, else of a folder of masks; and whose they are, where that was asked."""
+    """The lesion masks of a data set by case, else of a folder of masks; and whose they are, where that was asked.
+
+    Args:
+        source: the data set, or the folder.
+        layout: see `list_cases`.
+        raters: see `list_cases`.
+        wanted: the subjects that have a prediction. A folder is one of masks where more of them are found so: its
+            files may be named as the images of a data set are.
+    """
     chosen = layout != "auto" or raters is not None
     if chosen or not (source / "derivatives" / "lesions").is_dir():
         try:
-            cases, _ = list_cases(source, layout=layout, raters=raters)
+            cases, _ = list_cases(source, layout=layout, raters=raters, masks_alone=True)
         except ValueError:
             if source.is_file() or chosen:
                 raise
             cases = []  # masks alone are no data set
         masks = {case.id: [case.mask] if case.mask else case.several.get("mask", []) for case in cases}
         if masks := {case: paths for case, paths in masks.items() if paths}:
-            return masks, reference_words(cases, raters)
+            paired = set(wanted) & masks.keys()
+            all_paired = chosen or source.is_file() or len(paired) == len(wanted)
+            if all_paired or not paired < set(wanted) & find_masks(source, quiet=True).keys():
+                return masks, reference_words(cases, raters)
     return find_masks(source) if source.is_dir() else {}, ""
 
 
-def find_masks(folder: str | os.PathLike) -> dict[str, list[Path]]:
-    """The mask files of a folder by subject: of a cohort, those of ``derivatives/lesions``."""
+def masks_of_cases(folder: Path, cases: Sequence[Case]) -> dict[str, list[Path]]:
+    """The predicted masks in a folder, by the case of a data set that they are of; a warning tells of others."""
+    ids = [case.id for case in cases]
+    masks = name_as(find_masks(folder), ids)
+    if strange := sorted(masks.keys() - set(ids)):
+        warnings.warn(
+            f"{folder} has {'a mask' if len(strange) == 1 else 'masks'} of {some(strange)}, which the data set has "
+            f"not: its cases are {some(ids)}.",
+            DataWarning,
+            stacklevel=1,
+        )
+    return masks
+
+
+def only_mask(masks: Sequence[Path], case: str) -> Path:
+    """The predicted mask of a case, which has to be one."""
+    if len(masks) > 1:
+        names = ", ".join(mask.name for mask in masks)
+        raise ValueError(f"{case} has several predicted masks ({names}): leave one.")
+    return masks[0]
+
+
+def find_masks(folder: str | os.PathLike, *, quiet: bool = False) -> dict[str, list[Path]]:
+    """The mask files of a folder by subject: of a cohort, those of ``derivatives/lesions``.
+
+    A file that is named as an image or a probability is a mask if it has few values. Where a subject has a file named
+    ``label-lesion``, its images, probabilities and masks with another label are none. Everything else that is left
+    out is told of in a warning.
+
+    Args:
+        folder: that is searched, with all below it.
+        quiet: whether to leave the warning out.
+    """
     folder = Path(folder)
     root = folder / "derivatives" / "lesions"
+    every: dict[str, list[Path]] = {}
+    for file in volumes_below(root if root.is_dir() else folder):
+        every.setdefault(subject_of_mask(file), []).append(file)
+    twins = {(file.parent, stem(file)) for files in every.values() for file in files}
+    known = {name for files in every.values() for file in files if _is_plain(file) for name in _names(file)}
     found: dict[str, list[Path]] = {}
-    for file in sorted((root if root.is_dir() else folder).rglob("*.nii*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.name.endswith(SUFFIXES) and not hidden and not NOT_MASKS.search(file.name):
-            found.setdefault(subject_of_mask(file), []).append(file)
-    # Where some of a subject's files are named as lesion masks, the others are something else.
-    for subject, masks in found.items():
-        named = [mask for mask in masks if "label-lesion" in mask.name]
-        found[subject] = named or masks
+    images, others, elsewhere = [], [], []
+    for subject, files in every.items():
+        files = [file for file in files if not _is_twin(file, twins)]
+        named = [file for file in files if LESION_MASK in file.name and not _is_doubtful(file)]
+        for file in files:
+            if named and file not in named:
+                others += [file] * (not _is_doubtful(file) and "_label-" not in file.name)
+            elif is_other_mask(stem(file)) and known & set(_names(file)):
+                elsewhere.append(file)
+            elif _is_doubtful(file) and not has_few_values(file):
+                images.append(file)
+            else:
+                found.setdefault(subject, []).append(file)
+    if not quiet:
+        tell_left_out(images, folder, "being named as images or probabilities and having more values than a mask has")
+        tell_left_out(others, folder, f"lying beside masks that are named {LESION_MASK}")
+        tell_left_out(elsewhere, folder, "being named as masks of the brain or another part, beside other masks")
     return found
+
+
+def has_few_values(file: Path) -> bool:
+    """Whether a file has as few values as a mask, or cannot be read, which whoever reads it will tell."""
+    try:
+        voxels = read_volume(file)[0]
+    except (ValueError, OSError):
+        return True
+    return np.unique(voxels[voxels != 0]).size <= MOST_LABELS
+
+
+def _is_doubtful(file: Path) -> bool:
+    """Whether a file is named as an image or a probability; masks are, too, where a tool names them as their image."""
+    return kind_of(stem(file)) not in ("", "mask") or is_probability(stem(file))
+
+
+def _is_plain(file: Path) -> bool:
+    return not _is_doubtful(file) and not is_other_mask(stem(file))
+
+
+def _is_twin(file: Path, stems: Collection[tuple[Path, str]]) -> bool:
+    """Whether a file is the probability that predict writes beside a mask."""
+    name = stem(file).removesuffix("_probseg")
+    return name != stem(file) and any((file.parent, name + end) in stems for end in ("", "_mask"))
+
+
+def _names(file: Path) -> list[str]:
+    """All the names that the subject of a mask may have."""
+    return [subject_of_mask(file), *_shorter_names(file)]
 
 
 def subject_of_mask(file: Path) -> str:

@@ -21,7 +21,7 @@ from rsanet.segment.provenance import write_sidecar
 from rsanet.segment.raters import files_of
 from rsanet.segment.report import draw_overlay
 from rsanet.segment.segmenter import Window
-from rsanet.segment.volumes import SUFFIXES, read_image, stem
+from rsanet.segment.volumes import is_nifti, read_image, stem
 from rsanet.segment.words import counted
 
 
@@ -282,7 +282,7 @@ def paths_of(case: Case) -> list[Path]:
 
 def check_outputs(files: Mapping[str, Path], *, overwrite: bool) -> None:
     """Refuses names that cannot be written, or are taken where nothing may be lost."""
-    if not files["mask"].name.endswith(SUFFIXES):
+    if not is_nifti(files["mask"]):
         raise ValueError(f"{files['mask']} is not a name for a mask: end it in .nii.gz.")
     for path in files.values():
         check_new(path, overwrite=overwrite)

@@ -5,13 +5,13 @@ has. It opens no file. Time points are cases of one subject.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rsanet.segment.cases import Case, make_case
 from rsanet.segment.raters import LabelledMask
-from rsanet.segment.volumes import SUFFIXES, stem
+from rsanet.segment.volumes import is_nifti, stem
 
 DEEP = 5  # folders between the one that is given and what a data set is known by, at most
 
@@ -40,7 +40,7 @@ def read_isbi2015(root: Path) -> list[Case]:
     """
     contrasts = {"flair": "FLAIR", "mprage": "T1w", "t2": "T2w", "pd": "PDw"}
     cases = []
-    for flair in below(root, "preprocessed/*_flair_pp.nii*"):
+    for flair in below(root, "preprocessed/*_flair_pp.[nN][iI][iI]*"):
         name = stem(flair).removesuffix("_flair_pp")
         images = {contrast: volume(flair.parent / f"{name}_{word}_pp") for word, contrast in contrasts.items()}
         raters = {f"mask{n}": volume(flair.parents[1] / "masks" / f"{name}_mask{n}") for n in (1, 2)}
@@ -56,7 +56,7 @@ def read_mslesseg(root: Path) -> list[Case]:
     """
     contrasts = {"FLAIR": "FLAIR", "T1": "T1w", "T2": "T2w"}
     cases = []
-    for flair in below(root, "P*_FLAIR.nii*"):
+    for flair in below(root, "P*_FLAIR.[nN][iI][iI]*"):
         if not (match := re.fullmatch(r"(P\d+)(_T\d+)?_FLAIR", stem(flair))):
             continue
         name = stem(flair).removesuffix("_FLAIR")
@@ -76,7 +76,7 @@ def read_msseg2016(root: Path) -> list[Case]:
     """
     contrasts = {"FLAIR": "FLAIR", "T1": "T1w", "T2": "T2w", "DP": "PDw", "GADO": "T1ce"}
     cases = []
-    for flair in below(root, "Preprocessed_Data/FLAIR_preprocessed.nii*"):
+    for flair in below(root, "Preprocessed_Data/FLAIR_preprocessed.[nN][iI][iI]*"):
         patient = flair.parents[1]
         images = {contrast: volume(flair.parent / f"{word}_preprocessed") for word, contrast in contrasts.items()}
         raters = {"Consensus": volume(patient / "Masks" / "Consensus")}
@@ -98,15 +98,17 @@ def read_wmh2017(root: Path) -> list[Case]:
     additional_annotations/observer_o3/training/Utrecht/0/result.nii.gz, and observer_o4
     """
     cases = []
-    for flair in below(root, "pre/FLAIR.nii*"):
+    for flair in below(root, "pre/FLAIR.[nN][iI][iI]*"):
         folder = flair.parents[1].absolute()
         parts = parts_from(folder, ("utrecht", "singapore", "amsterdam"))
-        images = {"FLAIR": flair, "T1w": volume(flair.parent / "T1")}
+        images = {"FLAIR": volume(flair.parent / "FLAIR"), "T1w": volume(flair.parent / "T1")}
         raters = {"wmh": volume(flair.parents[1] / "wmh")}
         release = folder.parents[len(parts)] if len(parts) < len(folder.parents) else folder  # above training, test
         for observer in sorted((release / "additional_annotations").glob("observer_*")):
             raters[observer.name] = volume(observer / folder.relative_to(release) / "result")
-        masks = {rater: LabelledMask(mask, "other pathology") for rater, mask in raters.items() if mask}
+        masks = {
+            rater: [LabelledMask(mask, "other pathology") for mask in files] for rater, files in raters.items() if files
+        }
         name = "_".join(re.sub(r"[^\w-]+", "", part) for part in parts)
         cases.append(several(name, images, masks, consensus=True))
     return cases
@@ -122,7 +124,7 @@ def read_shifts(root: Path) -> list[Case]:
     """
     contrasts = {"FLAIR": "FLAIR", "T1": "T1w", "T2": "T2w", "PD": "PDw", "T1CE": "T1ce"}
     cases = []
-    for flair in below(root, "flair/*_FLAIR_isovox.nii*"):
+    for flair in below(root, "flair/*_FLAIR_isovox.[nN][iI][iI]*"):
         number, part = stem(flair).removesuffix("_FLAIR_isovox"), flair.parents[1]
         images = {
             contrast: volume(part / word.lower() / f"{number}_{word}_isovox") for word, contrast in contrasts.items()
@@ -150,12 +152,17 @@ def below(root: Path, pattern: str) -> Iterator[Path]:
     def numbers_as_such(path: Path) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
-    yield from sorted((path for path in shown if path.name.endswith(SUFFIXES)), key=numbers_as_such)
+    seen = set()
+    for path in sorted(filter(is_nifti, shown), key=numbers_as_such):
+        if (name := path.with_name(stem(path))) not in seen:  # of .nii and .nii.gz the one stands for both
+            yield path
+        seen.add(name)
 
 
-def volume(path: Path) -> Path | None:
-    """The file of a name, compressed or not; None where there is none."""
-    return next((file for end in SUFFIXES if (file := path.with_name(path.name + end)).is_file()), None)
+def volume(path: Path) -> list[Path]:
+    """The files of a name, compressed or not; both where there are both."""
+    there = sorted(path.parent.iterdir()) if path.parent.is_dir() else ()
+    return [file for file in there if is_nifti(file) and stem(file) == path.name and not file.name.startswith(".")]
 
 
 def parts_from(folder: Path, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -168,13 +175,18 @@ def parts_from(folder: Path, names: tuple[str, ...]) -> tuple[str, ...]:
 
 def several(
     name: str,
-    images: Mapping[str, Path | None],
-    masks: Mapping[str, Path | LabelledMask | None],
+    images: Mapping[str, Sequence[Path]],
+    masks: Mapping[str, Sequence[Path | LabelledMask]],
     *,
     subject: str = "",
     consensus: bool = False,
 ) -> Case:
     """A case of the files that there are; with a consensus, the first mask is the one that is meant."""
-    there = {rater: mask for rater, mask in masks.items() if mask}
-    found = [(contrast, path) for contrast, path in images.items() if path]
-    return make_case(name, found, there, consensus=consensus and next(iter(masks)) in there, subject=subject)
+    there = {
+        rater if len(files) == 1 else f"{rater}{file.suffix if isinstance(file, Path) else file.path.suffix}": file
+        for rater, files in masks.items()
+        for file in files
+    }
+    found = [(contrast, path) for contrast, files in images.items() for path in files]
+    agreed = consensus and len(next(iter(masks.values()), ())) == 1 and next(iter(masks)) in there
+    return make_case(name, found, there, consensus=agreed, subject=subject)

@@ -26,7 +26,7 @@ class Run:
             held out.
         last: the weights of the last validated step, as the optimizer left them.
         average: their moving average.
-        config: the recipe, the cases and the versions, as YAML.
+        config: the recipe, the cases and the versions, as YAML; and, at the end, remarks on a run that came to nothing.
         log: a row per validation.
         curve: a picture of the log.
         checkpoint: what ``resume`` needs.
@@ -68,6 +68,17 @@ class Run:
             raise ValueError(f"{self.config} is not the configuration of a run: begin another one.")
         # Edited by hand, it would fail deep in the network.
         return {**content, "patch": recipe_of({"patch": content.get("patch")}, str(self.config)).patch}
+
+    def note(self, remarks: Sequence[str]) -> None:
+        """Replaces the remarks on how the run went, which stand in its configuration."""
+        content = read_yaml(self.config)
+        if list(remarks) != content.pop("remarks", []):
+            kept = {**content, "remarks": list(remarks)} if remarks else content
+            write_text(self.config, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+
+    def remarks(self) -> list[str]:
+        """The remarks on how the run went."""
+        return read_yaml(self.config).get("remarks", []) if self.config.is_file() else []
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replaces the checkpoint."""

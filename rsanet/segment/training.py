@@ -1,16 +1,20 @@
 """Training a lesion segmentation network: one call, one run folder."""
 
+import itertools
 import json
 import logging
 import math
+import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from rsanet.checkpoints import save_model
+from rsanet.checkpoints import load_model, save_model
 from rsanet.network import RSANet
 from rsanet.segment.cases import Case
 from rsanet.segment.data import (
@@ -53,11 +57,14 @@ from rsanet.segment.recipe import OF_THE_MACHINE, Recipe
 from rsanet.segment.runs import Run, TensorBoard, resumed_recipe
 from rsanet.segment.segmenter import lesion_probability
 from rsanet.segment.splits import divide_cases
+from rsanet.segment.volumes import DataWarning
 from rsanet.segment.words import counted, sizes
 
 WARM_UP = 0.05  # of the steps
 LONGEST_GRADIENT = 1.0  # its norm is clipped there
 SAVE_SECONDS = 300.0  # a kill loses no more work than this
+HOPELESS = 0.05  # Dice of cases with lesions; marks at random come to about as much
+JUDGED = 3  # training cases that are looked at where no held-out case has a lesion
 
 # Lesions are few voxels: each loss is of the whole batch, since a patch without any says nothing on its own.
 CRITERIA: dict[str, Callable[[], nn.Module]] = {
@@ -97,6 +104,64 @@ def moving_average(network: nn.Module, decay: float) -> AveragedModel:
     return average.requires_grad_(False)
 
 
+class Score(NamedTuple):
+    """What a network does on some cases.
+
+    Attributes:
+        dice: the mean; None without a case.
+        found: the mean of the cases with lesions; None where there are none, and empty masks agree with nothing.
+    """
+
+    dice: float | None
+    found: float | None
+
+
+class LeftError(Exception):
+    """A validation was left for the end that somebody asked for; whoever resumes does it."""
+
+
+class Interruption:
+    """Within it a first SIGINT or SIGTERM is noted in ``signum``, to be passed on at a good moment; a second acts.
+
+    Args:
+        words: what the first prints on stderr.
+    """
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+        self.signum = 0
+        self.process = os.getpid()
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                    self.before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._release()
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self._release()
+        if os.getpid() != self.process:  # a forked worker does what it would do
+            signal.raise_signal(signum)
+            return
+        self.signum = signum
+        os.write(2, self.words.encode())  # print may be where the signal came
+
+    def _release(self) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+        self.before = {}
+
+    def pass_on(self) -> None:
+        """Does what the signal that was noted would have done."""
+        self._release()
+        signal.raise_signal(self.signum)
+
+
 class Progress:
     """How far a run is: the losses since the last validation, the log, and the best score. Travels in a checkpoint."""
 
@@ -106,6 +171,7 @@ class Progress:
         self.rows: list[dict[str, Any]] = []
         self.best = -math.inf
         self.validations_since_best = 0
+        self.found: float | None = None  # of the weights that are kept; see `Score`
         self.seconds = 0.0  # of the runs before this one
         self.started = time.perf_counter()
 
@@ -271,35 +337,40 @@ def train(
         session.restore(state)
         if progress.rows and not run.model.is_file():
             raise ValueError(f"{run.model}, the best weights so far, is missing: put it back, or begin another run.")
-    if fabric.is_global_zero:
-        if not resume:
-            run.begin(
-                {
-                    "recipe": asdict(recipe),
-                    "data": str(data),
-                    "contrasts": contrasts,
-                    **divided,
-                    "spacing": spacing,
-                    "patch": patch,
-                    "device": str(device),
-                    "precision": precision.name,
-                    "versions": package_versions(),
-                }
+    with session.interruption:
+        if fabric.is_global_zero:
+            if not resume:
+                run.begin(
+                    {
+                        "recipe": asdict(recipe),
+                        "data": str(data),
+                        "contrasts": contrasts,
+                        **divided,
+                        "spacing": spacing,
+                        "patch": patch,
+                        "device": str(device),
+                        "precision": precision.name,
+                        "versions": package_versions(),
+                    }
+                )
+            backend = attention_backend(network, patch, device, precision)
+            drawn = f", masks: {words}" if (words := reference_words(cases, recipe.raters)) else ""
+            many = f"{fabric.world_size} processes, " if fabric.world_size > 1 else ""
+            print(
+                f"{f'Resuming at step {progress.step}' if progress.step else 'Training'} on "
+                f"{counted(len(training), 'case')} ({', '.join(contrasts)}), {len(held_out)} held out{drawn}: "
+                f"{many}{describe_device(fabric.device)}, attention backend {backend}, precision {precision}, "
+                f"patch {sizes(patch)}, batch {recipe.batch}, seed {recipe.seed}.",
+                flush=True,
             )
-        backend = attention_backend(network, patch, device, precision)
-        drawn = f", masks: {words}" if (words := reference_words(cases, recipe.raters)) else ""
-        many = f"{fabric.world_size} processes, " if fabric.world_size > 1 else ""
-        print(
-            f"{f'Resuming at step {progress.step}' if progress.step else 'Training'} on "
-            f"{counted(len(training), 'case')} ({', '.join(contrasts)}), {len(held_out)} held out{drawn}: "
-            f"{many}{describe_device(fabric.device)}, attention backend {backend}, precision {precision}, "
-            f"patch {sizes(patch)}, batch {recipe.batch}, seed {recipe.seed}.",
-            flush=True,
-        )
-    if not progress.is_over(recipe):
-        session.fit(volumes)
-    elif fabric.is_global_zero:
-        print(f"The run ended at step {progress.step}: there is nothing left to do.", flush=True)
+        if not progress.is_over(recipe) or session.validation_is_due():
+            session.fit(volumes)
+            if fabric.is_global_zero:
+                session.tell_remarks(volumes)
+        elif fabric.is_global_zero:
+            print(f"The run ended at step {progress.step}: there is nothing left to do.", flush=True)
+    if session.interruption.signum:
+        session.interruption.pass_on()
     if torch.distributed.is_initialized() and not connected:
         # The connection's threads may want the interpreter when it ends, and that aborts the process.
         fabric.barrier()
@@ -377,6 +448,8 @@ class Session:
         self.held_out = held_out
         self.precision = precision
         self.progress = progress
+        words = "rsanet: this step is finished and saved; Ctrl-C again ends at once, without.\n"
+        self.interruption = Interruption(words if fabric.is_global_zero else "")
         self.criterion = CRITERIA[recipe.loss]()
         self.average = moving_average(network, recipe.ema).to(fabric.device) if recipe.ema else None
         if recipe.compile:
@@ -442,22 +515,78 @@ class Session:
             disable=not (fabric.is_global_zero and sys.stderr.isatty()),
         )
         with bar:
+            if self.validation_is_due():
+                self.validate(board)
+                self.save()
             for batch in loader:
                 progress.losses.append(self.step(batch))
                 progress.step += 1
                 bar.set_postfix_str(self.words(), refresh=False)
                 bar.update()
-                if progress.step % recipe.steps_between_validations == 0 or progress.step == recipe.steps:
+                if self.validation_is_due():
                     self.validate(board)
-                elif time.perf_counter() - saved < SAVE_SECONDS:
+                elif time.perf_counter() - saved < SAVE_SECONDS and not self.interruption.signum:
                     continue
-                if fabric.is_global_zero:
-                    self.run.save_checkpoint(self.state())
+                self.save()
                 saved = time.perf_counter()
                 if progress.is_over(recipe):
                     break
         if progress.step < recipe.steps and fabric.is_global_zero:
             print(f"No better Dice in {counted(recipe.patience, 'validation')}: the training ends early.", flush=True)
+
+    def validation_is_due(self) -> bool:
+        """Whether the run is at a step to validate, and has not."""
+        step, rows = self.progress.step, self.progress.rows
+        at_one = step and (step % self.recipe.steps_between_validations == 0 or step == self.recipe.steps)
+        return bool(at_one) and not (rows and rows[-1]["step"] == step)
+
+    def save(self) -> None:
+        """Saves the run, and ends it where somebody asked for that."""
+        if self.fabric.is_global_zero:
+            self.run.save_checkpoint(self.state())
+        if self.interruption.signum:
+            if self.fabric.is_global_zero:
+                tqdm.write(f"Saved at step {self.progress.step} of {self.recipe.steps}.", file=sys.stdout)
+                sys.stdout.flush()
+            self.interruption.pass_on()
+
+    def tell_remarks(self, volumes: Sequence[Mapping[str, Any]]) -> None:
+        """Warns of a training that came to nothing, and notes that in the run's configuration."""
+        remarks = list(filter(None, [self.doubt(volumes)]))
+        self.run.note(remarks)
+        for remark in remarks:
+            warnings.warn(remark, DataWarning, stacklevel=1)
+
+    def doubt(self, volumes: Sequence[Mapping[str, Any]]) -> str:
+        """What speaks against the model that is kept, in a sentence; nothing where nothing does."""
+        found, where = self.progress.found, f"of the {counted(len(self.run.begun()['held_out']), 'held-out case')}"
+        if found is None:
+            network = load_model(self.run.model).to(self.fabric.device, memory_format=MEMORY_FORMAT)
+            shown = (volume for volume in map(volumes.__getitem__, range(len(volumes))) if (volume["mask"] > 0).any())
+            judged = list(itertools.islice(shown, JUDGED))
+            found = self.score(network, judged).found
+            where = f"of {counted(len(judged), 'training case')}, no held-out case having any"
+        scale = "a smaller --attention-scale (0.005, for example), " if self.recipe.attention != "none" else ""
+        advice = (
+            f"give more --steps, {scale}another --lr or a larger --patch, and look whether each mask fits its images"
+        )
+        if found < HOPELESS:
+            return f"The model finds next to none of the lesions {where} (Dice {found:.3f}): {advice}."
+        dices = [max(row[name] for name in ("dice", "dice_ema") if row.get(name, "") != "") for row in self.scored()]
+        if len(dices) > 1 and max(dices[1:]) <= dices[0]:
+            first = self.scored()[0]["step"]
+            return f"The held-out Dice never rose above the {dices[0]:.3f} of step {first}: {advice}."
+        return ""
+
+    def scored(self) -> list[dict[str, Any]]:
+        """The rows of the log that have a Dice."""
+        return [row for row in self.progress.rows if row["dice"] != ""]
+
+    def fail(self, reason: str) -> NoReturn:
+        """Ends the run with a reason, which its configuration keeps."""
+        if self.fabric.is_global_zero:
+            self.run.note([reason])
+        raise ValueError(reason)
 
     def step(self, batch: Mapping[str, Any]) -> float:
         """One step of the optimizer; returns the loss of the whole batch."""
@@ -491,7 +620,7 @@ class Session:
         if torch.isfinite(value):
             return
         names = ", ".join(name for part in self.gathered(list(cases)) for name in part)
-        raise ValueError(
+        self.fail(
             f"The {what} is {value.item()} at step {self.progress.step + 1} on {names}: "
             "check the images of these cases, or give a lower --lr."
         )
@@ -509,17 +638,23 @@ class Session:
         networks = {"dice": self.network}
         if self.average is not None:
             networks["dice_ema"] = self.average.module
-        scores = {name: self.score(network) for name, network in networks.items()}
+        try:
+            judged = {name: self.score(network, self.held_out) for name, network in networks.items()}
+        except LeftError:
+            return
+        scores = {name: score.dice for name, score in judged.items()}
         row = self.progress.log(scores, self.optimizer.param_groups[0]["lr"])
+        # The average lags behind the weights of a short run, and is ahead of them in a long one.
+        better = max(networks, key=lambda name: -math.inf if scores[name] is None else scores[name])
+        best = self.progress.validations_since_best == 0
+        if best:
+            self.progress.found = judged[better].found
         if board is None:
             return
         save_model(self.network, self.run.last, self.extra)
         if self.average is not None:
             save_model(self.average.module, self.run.average, self.extra)
-        best = self.progress.validations_since_best == 0
         if best:
-            # The average lags behind the weights of a short run, and is ahead of them in a long one.
-            better = max(networks, key=lambda name: -math.inf if scores[name] is None else scores[name])
             save_model(networks[better], self.run.model, self.extra)
         self.run.write_log(self.progress.rows)
         board.add(row)
@@ -537,20 +672,34 @@ class Session:
         )
         sys.stdout.flush()
 
-    def score(self, network: RSANet) -> float | None:
-        """Mean Dice on the held-out cases, whole volumes predicted as `rsanet predict` does; None without any."""
+    def score(self, network: RSANet, cases: Sequence[Mapping[str, Any]]) -> Score:
+        """How a network does on whole volumes, predicted as `rsanet predict` does it.
+
+        Raises:
+            LeftError: somebody asks the run, of one process, to end.
+        """
         for parameter in network.parameters():
             if not torch.isfinite(parameter).all():
-                raise ValueError(f"The weights are not finite at step {self.progress.step}: give a lower --lr.")
+                self.fail(f"The weights are not finite at step {self.progress.step}: give a lower --lr.")
         network.eval()
-        scores = []
-        for number in range(len(self.held_out)):
-            case = self.held_out[number]
+        scores, found = [], []
+        for number in range(len(cases)):
+            if self.interruption.signum and self.fabric.world_size == 1:
+                self.network.train()
+                raise LeftError
+            case = cases[number]
             probability = lesion_probability(network, case["image"][None], self.patch, self.precision)
-            scores.append(dice(probability[0] > 0.5, case["mask"] > 0))
+            marked, lesion = probability[0] > 0.5, case["mask"] > 0
+            scores.append(dice(marked, lesion))
+            if lesion.any():
+                found.append(scores[-1])
         self.network.train()
-        scores = [score for part in self.gathered(scores) for score in part]
-        return sum(scores) / len(scores) if scores else None
+        parts = self.gathered((scores, found)) if cases is self.held_out else [(scores, found)]
+        means = []
+        for values in zip(*parts, strict=True):
+            every = [value for part in values for value in part]
+            means.append(sum(every) / len(every) if every else None)
+        return Score(*means)
 
     def words(self) -> str:
         """For the progress bar: the loss of the last steps, and the last Dice."""

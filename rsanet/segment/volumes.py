@@ -68,8 +68,8 @@ def stem(path: Path) -> str:
 
 
 def is_nifti(path: str | Path) -> bool:
-    """Whether a file is NIfTI by its name."""
-    return str(path).endswith(SUFFIXES)
+    """Whether a file is NIfTI by its name, in letters of any case."""
+    return str(path).lower().endswith(SUFFIXES)
 
 
 def names_volume(name: str) -> bool:
@@ -140,7 +140,7 @@ def load_grid(volume: Volume) -> nib.Nifti1Image:
     if isinstance(volume, SpatialImage):
         image = volume
     elif is_nifti(volume):
-        image = nib.load(volume)
+        image = open_nifti(Path(volume))
     else:
         image = read_other_format(Path(volume))
         image = nib.Nifti1Image(np.broadcast_to(np.uint8(0), image.shape), image.affine, image.header)
@@ -168,9 +168,19 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{path} cannot be opened: permission denied.")
 
 
+def open_nifti(path: Path) -> SpatialImage:
+    """The image of a file, its voxels not read yet. nibabel would look for ``.Nii.gz`` under ``.nii.gz``."""
+    if (end := path.name[len(stem(path)) :]) in (end.lower(), end.upper()):
+        return nib.load(path)
+    with nib.openers.ImageOpener(path) as file:
+        second = nib.Nifti2Header.may_contain_header(file.read(nib.Nifti2Header.sizeof_hdr))
+    kind = nib.Nifti2Image if second else nib.Nifti1Image
+    return kind.from_file_map({"image": nib.FileHolder(os.fspath(path))})
+
+
 def _load(path: Path) -> SpatialImage:
     """The image of a file, its voxels not read yet; of sizes of 0, which nibabel makes 1 mm, none are made up."""
-    image = nib.load(path)
+    image = open_nifti(path)
     if isinstance(image, nib.Nifti1Image) and image.header["sform_code"] == 0:
         with nib.openers.ImageOpener(path) as file:
             stored = type(image.header).from_fileobj(file, check=False)
@@ -181,7 +191,7 @@ def _load(path: Path) -> SpatialImage:
 
 def _check_sum(path: Path) -> None:
     """Reads a compressed file to its end, where its checksum is: nibabel stops at the last voxel, before it."""
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         with gzip.open(path) as file:
             while file.read(2**20):
                 pass

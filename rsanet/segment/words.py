@@ -15,3 +15,9 @@ def counted(number: int, noun: str) -> str:
 def sizes(shape: Sequence[int]) -> str:
     """The sizes of a volume: ``182×218×182``."""
     return "×".join(map(str, shape))
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of many names."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -208,7 +208,7 @@ def test_without_onnxruntime_the_file_is_not_said_to_be_compared(model, tmp_path
     monkeypatch.setattr(exports, "_write_onnx", lambda program, described, path: path.write_bytes(b"graph"))
     code, said, _ = rsanet("export", model, "-o", tmp_path / "model.onnx")
     assert code == 0
-    assert 'It was not compared, as onnxruntime is not installed: pip install "rsanet[export]"' in said
+    assert 'It was not compared, as onnxruntime is not installed: pip install ".[export]"' in said
     assert "difference" not in said
     assert (tmp_path / "model.onnx").read_bytes() == b"graph"
 

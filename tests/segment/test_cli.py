@@ -1,14 +1,18 @@
+import ast
 import csv
 import gzip
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -16,10 +20,12 @@ import pytest
 import torch
 import typer
 
+from rsanet import __version__ as version
 from rsanet import cli
-from rsanet.segment import segmenter, selfcheck
+from rsanet.segment import files, segmenter, selfcheck, volumes
 from rsanet.segment.words import counted
 
+ROOT = Path(cli.__file__).parents[1]
 HEAVY = ("torch", "monai", "lightning", "nibabel", "scipy", "numpy", "matplotlib")
 COMMANDS = (
     *("simulate", "train", "predict", "evaluate", "report", "export", "export-bundle"),
@@ -157,7 +163,7 @@ def test_the_wrong_number_of_images_names_the_wanted_contrasts(trained, cohort, 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("nowhere/m.nii.gz", "nowhere does not exist"),
+        ("file/new/m.nii.gz", "file is a file"),
         ("m.png", "end it in .nii.gz"),
         ("file/m.nii.gz", "file is a file"),
     ],
@@ -378,10 +384,10 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it():
     assert result.returncode == 1
     assert is_one_sentence(result.stderr)
     assert "monai" in result.stderr
-    assert 'pip install "rsanet[segment]"' in result.stderr
+    assert 'pip install ".[segment]"' in result.stderr
     result = python("import sys; sys.modules['typer'] = None; import rsanet.cli")
     assert result.returncode == 1
-    assert 'pip install "rsanet[segment]"' in result.stderr
+    assert 'pip install ".[segment]"' in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -459,7 +465,7 @@ def test_a_stopped_training_says_so_and_what_it_leaves(
     assert code == status
     assert is_one_sentence(err)
     assert word in err
-    assert ("checkpoint.pt: give --resume to go on" if saved else "has no checkpoint yet") in err
+    assert "checkpoint.pt: give --resume to go on" in err  # the step that the signal came in is saved, the first, too
     assert (tmp_path / "run" / "model.safetensors").exists() == saved
     assert "The model is" not in out
     assert signal.getsignal(signum) == before
@@ -601,3 +607,149 @@ def test_a_full_disk_is_told_with_the_file(trained, cohort, phantoms, tmp_path, 
 
 def test_an_error_of_the_system_without_a_file_is_no_surprise():
     assert cli.explain(OSError(28, "No space left on device")) == "No space left on device."
+
+
+def test_the_version_is_told_at_once_and_is_that_of_the_code(rsanet):
+    code, out, err = rsanet("--version")
+    assert (code, out, err) == (0, f"rsanet {version}\n", "")
+    assert version == __import__("rsanet").__version__
+    done = python(f"import sys, rsanet; rsanet.__version__; print([name for name in {HEAVY} if name in sys.modules])")
+    assert done.stdout == "[]\n"
+
+
+def fail_in(path):
+    with files.written_beside(path) as partial:
+        partial.write_text("half")
+        raise OSError("no room")
+
+
+def test_an_output_gets_its_folders_and_a_failure_leaves_none(trained, cohort, phantoms, tmp_path, rsanet):
+    images = images_of(cohort, phantoms)
+    out = tmp_path / "new" / "folder" / "mask.nii.gz"
+    code, _, err = rsanet("predict", trained, "-i", *images[:2], "-o", out)
+    assert code == 1
+    code, _, err = rsanet("evaluate", cohort, tmp_path / "nowhere", "--csv", tmp_path / "x" / "s.csv")
+    assert code == 1
+    code, _, err = rsanet("export", tmp_path / "nowhere", "-o", tmp_path / "y" / "m.onnx")
+    assert code == 1
+    with pytest.raises(OSError, match="no room"):
+        fail_in(tmp_path / "z" / "a" / "t.txt")
+    assert not list(tmp_path.iterdir())
+    for args in (
+        ("predict", trained, "-i", *images, "-o", out, "--preview", "--probability-map"),
+        ("predict", trained, "--data", cohort, "-o", tmp_path / "a" / "b"),
+        (
+            "evaluate",
+            tmp_path / "a" / "b",
+            cohort,
+            "--csv",
+            tmp_path / "c" / "s.csv",
+            "--json",
+            tmp_path / "d" / "s.json",
+        ),
+        ("report", tmp_path / "e" / "r.png", "--data", cohort, "--pred", tmp_path / "a" / "b"),
+        ("report", tmp_path / "f" / "g", "--data", cohort, "--pred", tmp_path / "a" / "b", "--subjects", "sub-001"),
+    ):
+        code, _, err = rsanet(*args)
+        assert (code, err) == (0, ""), args
+    made = ("new/folder/mask.png", "a/b/predictions.csv", "c/s.csv", "d/s.json", "e/r.png", "f/g/index.html")
+    assert all((tmp_path / name).is_file() for name in made)
+
+
+@pytest.mark.parametrize("end", [".NII.GZ", ".Nii.gz", ".NII"])
+def test_a_mask_is_written_under_the_name_that_was_asked_for(trained, cohort, phantoms, tmp_path, rsanet, end):
+    images = []
+    for path in images_of(cohort, phantoms):
+        image = nib.load(path)
+        voxels = tmp_path / f"in{len(images)}.nii{'' if end == '.NII' else '.gz'}"
+        nib.save(image, voxels)
+        images.append(voxels.rename(tmp_path / f"in{len(images)}{end}"))
+    code, _, err = rsanet("predict", trained, "-i", *images, "-o", tmp_path / f"out{end}", "--probability-map")
+    assert (code, err) == (0, "")
+    written = {path.name for path in tmp_path.iterdir()} - {path.name for path in images}
+    assert written == {f"out{end}", "out.json", f"out_probseg{end}"}
+    assert volumes.read_mask(tmp_path / f"out{end}")[0].any()
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """The models and the images that `predict` was told."""
+    seen = []
+
+    def note(models, images, out, **options):
+        seen.append((models[0].name, [path.name for path in images]))
+        return types.SimpleNamespace(lesions=0, load_mm3=0.0, seconds=0.0)
+
+    monkeypatch.setattr("rsanet.segment.prediction.predict", note)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["run", "-i", "a.nii", "b.nii", "-o", "o.nii"],
+        ["-i", "a.nii", "b.nii", "run", "-o", "o.nii"],
+        ["-o", "o.nii", "-i", "a.nii", "b.nii", "run"],
+        ["-i", "a.nii", "b.nii", "-o", "o.nii", "run"],
+        ["-i", "a.nii", "-i", "b.nii", "run", "-o", "o.nii", "--flips"],
+        ["-o", "o.nii", "--roi", "8", "8", "8", "run", "-i", "a.nii", "b.nii"],
+        ["--flips", "-i", "a.nii", "b.nii", "run", "-o", "o.nii", "--debug"],
+    ],
+)
+def test_a_model_behind_the_images_is_understood(rsanet, predicted, tmp_path, monkeypatch, args):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").write_text("")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = rsanet("predict", *args)
+    assert (code, err) == (0, "")
+    assert predicted == [("run", ["a.nii", "b.nii"])]
+
+
+def test_an_option_that_took_the_argument_is_named(rsanet, tmp_path, monkeypatch, told):
+    monkeypatch.chdir(tmp_path)
+    for args, words in (
+        (
+            ["predict", "-i", "a.nii", "b.nii", "c.nii", "-o", "o.nii"],
+            "-i took all that follows it (a.nii b.nii c.nii)",
+        ),
+        (["train", "-o", "run", "--contrasts", "FLAIR", "T1w", "data"], "--contrasts took all that follows it"),
+    ):
+        code, out, err = rsanet(*args)
+        assert (code, out) == (2, "")
+        assert words in " ".join(err.replace("│", " ").split())
+        assert "in front" in err
+    (tmp_path / "data").mkdir()
+    assert rsanet("train", "-o", "run", "--contrasts", "FLAIR", "T1w", "data")[0] == 0
+    assert (told["recipe"].contrasts, told["data"].name) == (("FLAIR", "T1w"), "data")
+
+
+SOURCES = [*Path(cli.__file__).parent.rglob("*.py"), *(ROOT / "rsa_kernels").rglob("*.py")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Of pip, torchrun, monai.bundle, python -m rsa_kernels and the benchmarks; nnU-Net's have underscores.
+OTHERS = {"--no-build-isolation", "--nproc-per-node", "--datalist", "--check", "--shape", "--quick"}
+OTHERS |= {"--install-completion", "--debug", "--help", "--version"}  # of every verb, or of none
+
+
+def texts_of(path):
+    """The texts of a Python file, formatted ones with a blank for each value."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else " " for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_messages_and_pages_name_what_there_is(path):
+    commands = typer.main.get_command(cli.app).commands
+    options = {name for command in commands.values() for param in command.params for name in param.opts}
+    options |= {name for command in commands.values() for param in command.params for name in param.secondary_opts}
+    for text in texts_of(path) if path.suffix == ".py" else [path.read_text(encoding="utf-8")]:
+        assert not re.search(r"pip install [\"']?rsanet", text), f"no index has rsanet: {text}"
+        for name in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+(?!\w)", text):
+            assert name in options | OTHERS or "cuobjdump" in text or path.parent.name == "benchmarks", (
+                name,
+                text[:200],
+            )
+        for verb in re.findall(r"(?:^|`|\$\(|: )rsanet ([a-z][a-z-]+)(?=[ `)]|$)", text, re.MULTILINE):
+            assert verb in commands, (verb, text[:200])

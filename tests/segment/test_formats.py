@@ -346,5 +346,5 @@ def test_without_simpleitk_the_message_says_how_to_get_it_and_how_to_do_without(
     else:
         SimpleITK.WriteImage(SimpleITK.Image([3, 3, 3], SimpleITK.sitkUInt8), str(tmp_path / name))
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(ValueError, match=rf'{name} is not NIfTI: .* pip install "rsanet\[formats\]", .*; or conv'):
+    with pytest.raises(ValueError, match=rf'{name} is not NIfTI: .* pip install "\.\[formats\]", .*; or conv'):
         read_volume(tmp_path / name)

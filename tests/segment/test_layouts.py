@@ -1,9 +1,12 @@
 import json
+import warnings
 
 import numpy as np
 import pytest
 
 from rsanet.segment.datasets import find_cases, is_simulated, list_cases
+from rsanet.segment.pairs import find_references
+from rsanet.segment.splits import subject_of
 
 
 @pytest.fixture
@@ -273,7 +276,7 @@ def test_a_table_without_names_takes_them_from_the_files(put):
         ("id,FLAIR\n\na\n", "line 3, has 1 cell, but"),
         ('id,FLAIR\n"a,b.nii\n', "cannot be read as CSV"),
         ("id,FLAIR\na,b.nii\nb,b.nii\na,c.nii\n", "names a more than once"),
-        ("name,age\nx,3\n", "line 2, has no image"),
+        ("site,age\nx,3\n", "line 2, has no image"),
         ("a,a_FLAIR.nii\nb,b_FLAIR.nii\n", "line 1, names no columns, but a_FLAIR.nii: put a header"),
         ("id,age\nx,3\n", "has no images of its 1 case"),
     ],
@@ -355,3 +358,233 @@ def test_a_list_of_simulated_images_is_simulated(cohort, put, phantoms):
     image = phantoms.image_path(cohort, "sub-001")
     assert is_simulated(put("list.csv", content=f"FLAIR\n{image}\n"))
     assert not is_simulated(put("list.csv", content="FLAIR\nx.nii\n"))
+
+
+NAMES = [
+    "patient_id",
+    "Patient ID",
+    "PatientID",
+    "patient-id",
+    "Subject ID",
+    "subject",
+    "SUBJECT",
+    "Subj.",
+    "ID",
+    "#ID",
+]
+NAMES += [
+    "participant_id",
+    "Participant",
+    "case",
+    "Case-ID",
+    "scan_id",
+    "Scan ID",
+    "image id",
+    "study_id",
+    "Name",
+    "MRN",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_headers_name_the_cases(put, name):
+    table = f"site,age,{name},FLAIR,T1 file,lesion_mask,brain_mask,lesion volume\n"
+    path = put("list.csv", content=table + "A,30,x,a.nii,b.nii,m.nii,n.nii,3.5\nA,31,y,c.nii,d.nii,o.nii,n.nii,0\n")
+    cases, contrasts = list_cases(path)
+    assert [case.id for case in cases] == ["x", "y"]
+    assert contrasts == ["FLAIR", "T1w"]
+    assert cases[0].mask == path.parent / "m.nii"
+    assert left_out(path) == []
+    entries = [{name: "x", "FLAIR": "a.nii", "age": 30}, {name: "y", "FLAIR": "b.nii", "age": 31}]
+    assert [case.id for case in list_cases(put("list.json", content=entries))[0]] == ["x", "y"]
+
+
+def test_a_table_whose_cases_no_column_names_says_so(put):
+    path = put("list.csv", content="Hospital;age;FLAIR\nx;30;a_FLAIR.nii\ny;31;b_FLAIR.nii\n")
+    assert [case.id for case in list_cases(path)[0]] == ["a", "b"]
+    (said,) = left_out(path)
+    assert said == (
+        f"{path} has no column that is called subject or id, so that its cases are named by their files (a, b); left "
+        "out: Hospital, age."
+    )
+
+
+def test_of_a_subject_with_several_scans_the_scan_is_the_case(put):
+    path = put("a.csv", content="patient_id,scan_id,FLAIR\nP1,s1,a.nii\nP1,s2,b.nii\nP2,s3,c.nii\n")
+    cases = list_cases(path)[0]
+    assert [(case.id, case.subject) for case in cases] == [("s1", "P1"), ("s2", "P1"), ("s3", "P2")]
+    path = put("b.tsv", content="participant_id\tsession_id\tFLAIR\nsub-1\tses-1\ta.nii\nsub-1\tses-2\tb.nii\n")
+    cases = list_cases(path)[0]
+    assert [(case.id, subject_of(case)) for case in cases] == [("sub-1_ses-1", "sub-1"), ("sub-1_ses-2", "sub-1")]
+    path = put("c.csv", content="Subject,Visit,FLAIR\nP1,1,a.nii\nP1,1,b.nii\n")
+    refused(path, "names P1 more than once")
+
+
+MISSING = ["n/a", "N/A", "NA", "NaN", "nan", "none", "None", "", "  ", "null", "#N/A", "-"]
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_missing_values_are_no_files(put, missing):
+    for name, delimiter in (("list.tsv", "\t"), ("list.csv", ",")):
+        rows = [
+            ["participant_id", "FLAIR", "T1w", "mask"],
+            ["a", "a.nii", missing, missing],
+            ["b", "b.nii", "c.nii", "m.nii"],
+        ]
+        path = put(name, content="\n".join(delimiter.join(row) for row in rows))
+        first, second = list_cases(path)[0]
+        assert (list(first.images), first.mask) == (["FLAIR"], None)
+        assert list(second.images) == ["FLAIR", "T1w"]
+        path = put(name, content="\n".join(delimiter.join(row) for row in [rows[0], [missing, "a.nii", "b.nii", ""]]))
+        refused(path, "line 2, has nothing as participant_id: give each case its name there")
+    path = put("list.json", content=[{"id": "a", "FLAIR": "a.nii", "T1": missing, "mask": float("nan")}])
+    assert list(list_cases(path)[0][0].images) == ["FLAIR"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "start", ["", "\ufeff", "sep={}\n", "\ufeffsep={}\n", "SEP={}\r\n", '"sep={}"\n', "\n\n", "# of us, all\n"]
+)
+@pytest.mark.parametrize("delimiter", [";", ",", "\t"])
+def test_what_excel_and_people_put_into_tables_is_read(put, start, delimiter, end):
+    rows = [
+        ["Subject ID", "FLAIR", '"T1 3D; 1, 1, 1"', "mask", "", ""],
+        ["# scanned, again"],
+        ["1", '"a; b, c.nii"', "t.nii", "NA", "", ""],
+        [],
+        ["  # it's a remark"],
+        [" 2 ", "d.nii", "u.nii", "m.nii", "", "", "", ""],
+        [""] * 6,
+    ]
+    text = start.format(delimiter) + end.join(delimiter.join(row) for row in rows)
+    cases, contrasts = list_cases(put("list.csv", content=text))
+    assert contrasts == ["FLAIR", "T1w"]
+    assert [(case.id, case.images["FLAIR"].name) for case in cases] == [("1", "a; b, c.nii"), ("2", "d.nii")]
+    assert (cases[0].mask, cases[1].mask.name) == (None, "m.nii")
+
+
+def test_cases_behind_a_hash_are_named(put):
+    path = put("list.csv", content="id,FLAIR\n#1,a.nii\n# a remark\n2,b.nii\n")
+    assert [case.id for case in list_cases(path)[0]] == ["2"]
+    (said,) = left_out(path)
+    assert said.endswith("1 line with files left out, the # in front making it a comment: #1,a.nii.")
+    path = put("list.tsv", content="#Subject ID\tFLAIR\n# of the first year\n2\tb.nii\n")
+    assert [case.id for case in list_cases(path)[0]] == ["2"]
+
+
+# --- what is no case, and what is left out ------------------------------------------------------------------
+
+
+def left_out(path, *args, **options):
+    """What the warnings of listing a data set say."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        list_cases(path, *args, **options)
+    return [str(each.message) for each in said]
+
+
+def test_places_of_bids_without_anat_are_no_cases(tmp_path, put):
+    put("sub-1/ses-1/anat/sub-1_ses-1_FLAIR.nii.gz", "sub-1/ses-2/dwi/sub-1_ses-2_dwi.nii.gz")
+    put("sub-2/anat/sub-2_FLAIR.nii.gz", "sub-2/ses-1/func/sub-2_ses-1_bold.nii.gz", "sub-3/func/sub-3_bold.nii.gz")
+    put("sub-emptyroom/ses-1/meg/notes.txt", "sub-5/ses-1/notes.txt", content="")
+    put("sub-4/anat/sub-4_T2w.nii.gz")  # has anat, but lacks a contrast
+    assert list(found(tmp_path, tmp_path)) == ["sub-1_ses-1", "sub-2", "sub-4"]
+    assert left_out(tmp_path) == []
+    with pytest.raises(ValueError, match="sub-4 has no FLAIR") as error:
+        find_cases(tmp_path, ["FLAIR"], require_mask=False)
+    assert not any(name in str(error.value) for name in ("sub-3", "sub-5", "emptyroom", "ses-2"))
+
+
+def test_a_mask_without_its_images_is_never_lost(tmp_path, put):
+    lesions = "derivatives/manual/{}/anat/{}_label-lesion_mask.nii.gz"
+    put("sub-1/anat/sub-1_FLAIR.nii.gz", "sub-2/dwi/sub-2_dwi.nii.gz")
+    put(*(lesions.format(place, place.replace("/", "_")) for place in ("sub-1", "sub-2", "sub-3", "sub-4/ses-1")))
+    cases = found(tmp_path, tmp_path)
+    assert list(cases) == ["sub-1", "sub-2"]
+    assert list(cases["sub-2"]) == ["mask"]  # a place of the data set: whoever drew it saw an image
+    assert left_out(tmp_path) == [
+        f"{tmp_path} has lesion masks in derivatives, but no folder, of sub-3, sub-4_ses-1: left out."
+    ]
+    references, _ = find_references(tmp_path)
+    assert list(references) == ["sub-1", "sub-2", "sub-3", "sub-4_ses-1"]
+
+
+def test_a_session_without_anat_stops_no_command(tmp_path, phantoms, trained, rsanet, tiny):
+    root = phantoms.write_cohort(tmp_path / "data", 4)
+    phantoms.save(root / "sub-001" / "ses-02" / "dwi" / "sub-001_ses-02_dwi.nii.gz", np.ones((2, 2, 2)))
+    phantoms.save(root / "sub-emptyroom" / "dwi" / "sub-emptyroom_dwi.nii.gz", np.ones((2, 2, 2)))
+    for args in (
+        ("train", root, "-o", tmp_path / "run", "--steps", "1", *tiny),
+        ("predict", trained, "--data", root, "-o", tmp_path / "masks"),
+        ("evaluate", tmp_path / "masks", root),
+        ("report", tmp_path / "pages", "--data", root, "--pred", tmp_path / "masks"),
+    ):
+        code, out, err = rsanet(*args)
+        assert code == 0, (args, out, err)
+        assert not any("emptyroom" in said or "ses-02" in said for said in (out, err))
+
+
+@pytest.mark.parametrize("end", ["NII.GZ", "Nii.gz", "NII"])
+def test_endings_in_other_letters_are_read_in_every_layout(tmp_path, phantoms, end):
+    images, mask = phantoms.make_subject(1)
+    for name in (
+        *(f"bids/sub-1/anat/sub-1_FLAIR.{end}", f"bids/derivatives/d/sub-1/anat/sub-1_label-lesion_mask.{end}"),
+        *(f"nnunet/imagesTr/sub-1_0000.{end}", f"nnunet/labelsTr/sub-1.{end}"),
+        *(f"folders/sub-1/FLAIR.{end}", f"folders/sub-1/mask.{end}"),
+        *(f"flat/sub-1_FLAIR.{end}", f"flat/sub-1_mask.{end}"),
+        *(f"mslesseg/sub-1/P1_FLAIR.{end}", f"mslesseg/sub-1/P1_MASK.{end}"),
+    ):
+        lower = phantoms.save(
+            tmp_path / name.lower(), mask if "abel" in name or "ask" in name.lower() else images["FLAIR"]
+        )
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        lower.rename(tmp_path / name)
+    (tmp_path / "nnunet/dataset.json").write_text(json.dumps({"channel_names": {"0": "FLAIR"}}))
+    (tmp_path / "list.csv").write_text(f"id,FLAIR,mask\nsub-1,flat/sub-1_FLAIR.{end},flat/sub-1_mask.{end}\n")
+    for name in ("bids", "nnunet", "folders", "flat", "list.csv", "mslesseg"):
+        layout = name if name == "mslesseg" else "auto"
+        (case,) = find_cases(tmp_path / name, require_mask=True, layout=layout)
+        assert case.id == ("P1" if name == "mslesseg" else "sub-1")
+        assert list(case.images) == ["FLAIR"]
+
+
+def test_a_file_beside_its_compressed_copy_makes_a_bad_case_in_every_layout(tmp_path, put):
+    for end in ("nii", "nii.gz"):
+        put(f"bids/sub-1/anat/sub-1_FLAIR.{end}", f"folders/P1/FLAIR.{end}", f"flat/P1_FLAIR.{end}")
+        put(f"nnunet/imagesTr/P1_0000.{end}", f"mslesseg/P1/P1_FLAIR.{end}", f"mslesseg/P1/P1_MASK.{end}")
+    put("nnunet/dataset.json", content={"channel_names": {"0": "FLAIR"}})
+    for name in ("bids", "folders", "flat", "nnunet", "mslesseg"):
+        (case,) = list_cases(tmp_path / name, layout=name)[0]
+        with pytest.raises(ValueError, match=r"has several FLAIR images \(.*FLAIR\.nii.*FLAIR\.nii\.gz|P1_0000"):
+            case.pick(["FLAIR"])
+    with pytest.raises(ValueError, match="several lesion masks"):
+        case.pick_mask()
+
+
+def test_volumes_of_no_case_are_named_in_one_line(tmp_path, put):
+    put("folders/P1/FLAIR.nii.gz", "folders/P1/SWI.nii.gz", "folders/P1/brain_mask.nii.gz", "folders/P1/prob.nii.gz")
+    put("folders/P2/ses-1/FLAIR.nii.gz", "folders/._P1_FLAIR.nii.gz")
+    said = left_out(tmp_path / "folders")
+    assert len(said) == 2
+    assert "1 file is left out, being named as neither a contrast nor a lesion mask" in said[0]
+    assert said[0].endswith("P1/SWI.nii.gz.")
+    assert "lying deeper than SUBJECT/FLAIR.nii.gz: P2/ses-1/FLAIR.nii.gz." in said[1]
+    put("flat/P1_FLAIR.nii.gz", "flat/P2.nii.gz")
+    put("flat/P3_FLAIR.mgz", "flat/P4_FLAIR.nrrd", "flat/P1_FLAIR.mgz", content="in a format of its own")
+    (said,) = left_out(tmp_path / "flat")
+    assert said.endswith("not in NIfTI as others are: P2.nii.gz, P4_FLAIR.nrrd, P3_FLAIR.mgz.")
+
+
+def test_masks_in_strange_places_of_bids_are_named(tmp_path, put):
+    put("sub-1/anat/sub-1_FLAIR.nii.gz", "sub-1/anat/sub-1_label-lesion_mask.nii.gz", "P2/FLAIR.nii.gz")
+    put("derivatives/manual/sub-1/anat/sub-1_FLAIR_lesion-manual.nii.gz")
+    put("derivatives/lesions/sub-1/anat/sub-1_label-newlesion_mask.nii.gz", "sourcedata/x.nii.gz")
+    masks, strange = left_out(tmp_path)
+    assert "2 files are left out, being no derivatives/*/sub-*/anat/*label-lesion*_mask.nii.gz: " in masks
+    assert "sub-1/anat/sub-1_label-lesion_mask.nii.gz, derivatives/manual" in masks
+    assert strange.endswith("lying in no sub-*/anat: P2/FLAIR.nii.gz.")
+
+
+def test_a_white_matter_lesion_mask_is_one_and_a_mask_of_bet_is_none(tmp_path, put):
+    put("P1/FLAIR.nii.gz", "P1/wm_lesion_mask.nii.gz", "P1/T1_bet_mask.nii.gz")
+    assert found(tmp_path, tmp_path)["P1"]["mask"] == "P1/wm_lesion_mask.nii.gz"

@@ -225,7 +225,7 @@ def test_another_cohort_and_foreign_folders_are_refused(folder, tmp_path):
 def test_without_nilearn_one_sentence_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "nilearn", None)
     monkeypatch.setattr(cohort, "load_anatomy", anatomy.load_anatomy.__wrapped__)  # past its cache
-    with pytest.raises(RuntimeError, match=r'pip install "rsanet\[demo\]"'):
+    with pytest.raises(RuntimeError, match=r'pip install "\.\[demo\]"'):
         simulate(tmp_path / "cohort", 1)
     assert not (tmp_path / "cohort").exists()
 

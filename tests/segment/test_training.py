@@ -19,6 +19,7 @@ import yaml
 from rsanet.checkpoints import load_model
 from rsanet.segment import runs, training
 from rsanet.segment.recipe import Recipe
+from rsanet.segment.volumes import DataWarning
 
 SMALL = {"channels": (8, 16), "patch": (16, 16, 16), "val_fraction": 0.25, "lr": 1e-2}
 
@@ -564,4 +565,136 @@ def test_dice_counts_empty_as_agreement():
 def test_a_network_that_cannot_be_made_leaves_no_folder(cohort, tmp_path):
     with pytest.raises(ValueError, match="65536 is the most"):
         training.train(cohort, tmp_path / "run", Recipe(**{**SMALL, "channels": (8, 2**17)}))
+    assert not (tmp_path / "run").exists()
+
+
+# --- a training that came to nothing, and one that is ended -------------------------------------------------
+
+
+def remarks(run):
+    return yaml.safe_load((run / "config.yaml").read_text()).get("remarks", [])
+
+
+ADVICE = (
+    "give more --steps, a smaller --attention-scale .*, another --lr or a larger --patch, and look whether each mask"
+)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_training_that_found_nothing_says_so_and_what_to_try(cohort, tiny, tmp_path, rsanet, held_out):
+    shares = [] if held_out else ["--val-fraction", "0"]
+    run = tmp_path / "run"
+    code, out, err = rsanet("train", cohort, "-o", run, *tiny, *shares, "--steps", "2", "--lr", "1e-9")
+    where = "of the 1 held-out case" if held_out else "of 3 training cases, no held-out case having any"
+    (remark,) = remarks(run)
+    assert re.fullmatch(
+        rf"The model finds next to none of the lesions {where} \(Dice 0\.0\d\d\): {ADVICE} fits its images\.", remark
+    )
+    assert (code, err) == (0, f"rsanet: warning: {remark}\n")
+    doubtful = f"but it may be of no use: the remarks in {run / 'config.yaml'} say why."
+    assert out.splitlines()[-1] == f"The model is {run / 'model.safetensors'}, {doubtful}"
+    assert training.train(cohort, run, resume=True) == run / "model.safetensors"
+
+
+def test_held_out_cases_without_lesions_do_not_speak_for_a_model(tmp_path, phantoms, monkeypatch):
+    root = phantoms.write_cohort(tmp_path / "data", 3)
+    phantoms.save(phantoms.mask_path(root, "sub-003"), np.zeros((26, 30, 24)), dtype=np.uint8)
+    split = tmp_path / "split.json"
+    split.write_text('{"train": ["sub-001", "sub-002"], "validation": ["sub-003"]}')
+    monkeypatch.setattr(training, "lesion_probability", lambda network, image, *rest: torch.zeros_like(image[:, :1]))
+    with pytest.warns(
+        DataWarning, match="finds next to none of the lesions of 2 training cases, no held-out case having any"
+    ):
+        training.train(root, tmp_path / "run", Recipe(steps=1, split=str(split), **SMALL))
+    assert rows(tmp_path / "run")[0]["dice"] == "1.0"  # nothing is marked where nothing is
+
+
+@pytest.mark.parametrize("dices", [[0.5, 0.4, 0.5], [0.3, 0.3], [0.4, 0.5]])
+def test_a_dice_that_never_rose_is_told(cohort, tmp_path, monkeypatch, dices):
+    scores = iter(dices)
+    monkeypatch.setattr(training, "dice", lambda prediction, mask: next(scores))
+    monkeypatch.setattr(training, "lesion_probability", lambda network, image, *rest: torch.ones_like(image[:, :1]))
+    training.train(cohort, tmp_path, Recipe(steps=len(dices), validate_every=1, ema=0.0, **SMALL))
+    never = [f"The held-out Dice never rose above the {dices[0]:.3f} of step 1"] * (max(dices) == dices[0])
+    assert [remark.partition(":")[0] for remark in remarks(tmp_path)] == never
+
+
+def test_a_loss_that_is_not_finite_stays_in_the_record_until_the_run_does_better(cohort, tmp_path, monkeypatch):
+    forward = training.RSANet.forward
+    monkeypatch.setattr(training.RSANet, "forward", lambda self, x: forward(self, x) * math.nan)
+    with pytest.raises(ValueError, match="loss is nan at step 1"):
+        training.train(cohort, tmp_path, Recipe(steps=1, **SMALL))
+    assert "The loss is nan at step 1 on sub-00" in remarks(tmp_path)[0]
+    monkeypatch.setattr(training.RSANet, "forward", forward)
+    monkeypatch.setattr(training, "dice", lambda prediction, mask: 0.9)
+    training.train(cohort, tmp_path, resume=True)
+    assert remarks(tmp_path) == []
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_that_is_ended_early_saves_its_steps(cohort, tiny, tmp_path, signum, status):
+    run = tmp_path / "run"
+    running = command("train", cohort, "-o", run, "--steps", "5000", "--validate-every", "5000", *tiny)
+    assert running.stdout.readline().startswith("Training on")
+    running.send_signal(signum)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == status, err
+    step = int(re.search(r"Saved at step (\d+) of 5000\.", out)[1])
+    assert 1 <= step < 5000
+    words = {130: "interrupted", 143: "terminated"}[status]
+    told, end = err.splitlines()
+    assert told == "rsanet: this step is finished and saved; Ctrl-C again ends at once, without."
+    assert end == f"rsanet: {words}. The run is kept in {run / 'checkpoint.pt'}: give --resume to go on."
+    assert runs.Run(run).load_checkpoint()["progress"]["step"] == step
+    assert {path.name for path in run.iterdir()} == {"checkpoint.pt", "config.yaml"}
+
+
+def test_an_ended_run_goes_on_to_the_weights_of_an_unbroken_one(cohort, tmp_path, monkeypatch):
+    recipe = Recipe(steps=4, validate_every=2, **SMALL)
+    training.train(cohort, tmp_path / "unbroken", recipe)
+    step, look = training.Session.step, training.lesion_probability
+
+    def end_in_step(self, batch):
+        if self.progress.step == 0:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch)
+
+    def end_in_validation(*args):
+        signal.raise_signal(signal.SIGINT)
+        return look(*args)
+
+    run = tmp_path / "ended"
+    monkeypatch.setattr(training.Session, "step", end_in_step)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(cohort, run, recipe)
+    monkeypatch.setattr(training.Session, "step", step)
+    monkeypatch.setattr(training, "lesion_probability", end_in_validation)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(cohort, run, resume=True)  # in the first validation, which is done after
+    assert not rows(run) if (run / "log.csv").exists() else True
+    monkeypatch.setattr(training, "lesion_probability", look)
+    training.train(cohort, run, resume=True)
+    for name in ("model", "last", "ema"):
+        assert same(weights(tmp_path / "unbroken", name), weights(run, name)), name
+    for one, other in zip(rows(tmp_path / "unbroken"), rows(run), strict=True):
+        assert {**one, "seconds": ""} == {**other, "seconds": ""}
+
+
+def test_a_second_signal_ends_at_once(cohort, tmp_path, monkeypatch):
+    def end(self, batch):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    monkeypatch.setattr(training.Session, "step", end)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(cohort, tmp_path, Recipe(steps=2, **SMALL))
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_that_is_ended_before_its_first_step_leaves_nothing(cohort, tiny, tmp_path, monkeypatch, rsanet):
+    monkeypatch.setattr(training, "prepare", lambda *args: signal.raise_signal(signal.SIGINT))
+    code, _, err = rsanet("train", cohort, "-o", tmp_path / "run", *tiny)
+    assert (code, err) == (130, "rsanet: interrupted. No step was done yet, and nothing is left.\n")
     assert not (tmp_path / "run").exists()

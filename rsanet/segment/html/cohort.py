@@ -21,7 +21,7 @@ from rsanet.segment.html.page import Page, make_page, page_file, render
 from rsanet.segment.html.scan import Scan, read_scan
 from rsanet.segment.metrics import PROTOCOLS, Protocol
 from rsanet.segment.overview import choose_cases
-from rsanet.segment.pairs import find_masks
+from rsanet.segment.pairs import masks_of_cases, only_mask
 from rsanet.segment.segmenter import Segmenter
 from rsanet.segment.words import counted
 
@@ -92,7 +92,7 @@ def write_report(
     cases, contrasts = list_cases(data, layout=layout, raters=raters)
     if not Path(predictions).is_dir():
         raise FileNotFoundError(f"{predictions} is not a folder: give the folder that predict wrote.")
-    masks = find_masks(predictions)
+    masks = masks_of_cases(Path(predictions), cases)
     # The order of sessions is that of their names.
     every = list(subjects) or [case.id for case in cases if case.id in masks]
     chosen = sorted(choose_cases(cases, masks, every), key=lambda case: case.id)
@@ -107,7 +107,7 @@ def write_report(
     for number, case in enumerate(chosen, start=1):
         start = time.perf_counter()
         try:
-            scan = read_scan(case, contrasts, _one(masks[case.id], case.id))
+            scan = read_scan(case, contrasts, only_mask(masks[case.id], case.id))
             maps, remarks = _attention(model, case, masks[case.id][0])
             page = make_page(
                 scan,
@@ -155,13 +155,6 @@ def _check_folder(out: Path, cases: Sequence[Case], *, overwrite: bool) -> None:
         )
     if out.is_dir():
         files.check_writable(out / INDEX)
-
-
-def _one(masks: Sequence[Path], case: str) -> Path:
-    if len(masks) > 1:
-        names = ", ".join(mask.name for mask in masks)
-        raise ValueError(f"{case} has several predicted masks ({names}): leave one.")
-    return masks[0]
 
 
 def _subject(case: str) -> str:

@@ -1,6 +1,5 @@
 """The page of a case: everything that it shows, and the template that shows it."""
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -9,6 +8,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from rsanet import __version__
 from rsanet.segment.html.charts import draw_attention, histogram
 from rsanet.segment.html.followup import FATES, FollowUp, follow
 from rsanet.segment.html.lesions import STATUS, Lesion, list_lesions
@@ -205,13 +205,6 @@ def _plain(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("rsanet")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 @lru_cache(maxsize=1)
 def _environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -225,7 +218,7 @@ def _environment() -> "Environment":
     )
     environment.filters |= {"link": link, "ml": lambda mm3: f"{mm3 / 1000:.2f}", "page_file": page_file}
     environment.globals |= {
-        "version": _version(),
+        "version": __version__,
         "research": RESEARCH,
         "simulated_words": SIMULATED,
         "styles": STYLES,

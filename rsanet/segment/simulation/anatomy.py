@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from rsanet.extras import install
+
 Array = np.ndarray
 
 MARGIN = 4  # voxels of background around the template's brain
@@ -57,8 +59,7 @@ def load_anatomy() -> Anatomy:
         from nilearn import datasets
     except ImportError as error:
         raise RuntimeError(
-            "The simulator needs the anatomy that nilearn ships, and nilearn is not installed: "
-            'pip install "rsanet[demo]".'
+            f"The simulator needs the anatomy that nilearn ships, and nilearn is not installed: {install('demo')}."
         ) from error
     loaders = (
         datasets.load_mni152_template,

@@ -1,7 +1,6 @@
 """A simulated cohort on disk: a BIDS-style folder that a killed run leaves sound, and the same command completes."""
 
 import gzip
-import importlib.metadata
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
+from rsanet import __version__
 from rsanet.segment import files
 from rsanet.segment.scenario import PARTS, Scenario
 from rsanet.segment.simulation.anatomy import load_anatomy
@@ -151,17 +151,10 @@ def _split_cases(names: set[str], scenario: Scenario, shares: Sequence[float]) -
     return parts
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("rsanet")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _description(seed: int, scenario: Scenario) -> dict[str, Any]:
     made_by = {
         "Name": "rsanet simulate",
-        "Version": _version(),
+        "Version": __version__,
         "Description": "Simulated data: no clinical meaning.",
         "Seed": seed,
         "Settings": asdict(scenario),
@@ -252,7 +245,7 @@ def _sidecar(patient: Patient, session: Session, seed: int) -> dict[str, Any]:
         "Description": "Lesion mask of a simulated patient: no clinical meaning.",
         "Simulated": True,
         "SoftwareName": "rsanet",
-        "SoftwareVersion": _version(),
+        "SoftwareVersion": __version__,
         "CohortSeed": seed,
         "Seed": patient.seed,
         "VoxelSize_mm": list(patient.scenario.voxel_size),
