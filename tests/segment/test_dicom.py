@@ -560,5 +560,5 @@ def test_without_pydicom_an_enhanced_file_is_refused_with_the_way_and_a_series_i
     enhanced = write_enhanced(tmp_path / "enhanced", pixels, places(5))
     monkeypatch.setitem(sys.modules, "pydicom", None)
     assert_at(read_volume(classic), pixels, places(5))
-    with pytest.raises(ValueError, match=r'is enhanced DICOM, .* pip install "rsanet\[formats\]", .* dcm2niix\.$'):
+    with pytest.raises(ValueError, match=r'is enhanced DICOM, .* pip install "\.\[formats\]", .* dcm2niix\.$'):
         read_volume(enhanced)
