@@ -358,6 +358,23 @@ def test_training_learns_from_a_mask_that_is_stored_in_another_order(tmp_path, p
     assert bright[loaded["mask"][0].numpy() > 0].mean() > 150, "the lesions of the phantoms are bright"
 
 
+def test_an_offset_is_told_once_by_the_check_and_the_reading(tmp_path, phantoms):
+    root = phantoms.write_cohort(tmp_path / "data", 1)
+    path = phantoms.mask_path(root, "sub-001")
+    moved = np.eye(4)
+    moved[0, 3] = 0.5
+    mask = np.asarray(nib.load(path).dataobj)
+    save(path, mask, moved)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        loaded = LoadCase()(find_cases(root, require_mask=True)[0])
+    assert np.array_equal(loaded["mask"][0].numpy(), mask)
+    assert [str(one.message) for one in seen if one.category is DataWarning] == [
+        f"{path} has the voxels of the FLAIR image, but by its header they lie 0.5 mm (0.5, 0, 0 voxels) off: it is "
+        "taken voxel by voxel."
+    ]
+
+
 def test_training_refuses_a_mask_elsewhere_in_its_check_and_where_it_is_read(tmp_path, phantoms):
     root = phantoms.write_cohort(tmp_path / "data", 1)
     path = phantoms.mask_path(root, "sub-001")
