@@ -40,7 +40,6 @@ from rsanet.segment.volumes import (
     ROUNDING,
     check_views,
     load_grid,
-    name_of,
     read_contrast,
     read_mask_on,
     same_grid,
@@ -138,7 +137,8 @@ class LoadCase(Transform):
             "tissue": MetaTensor(torch.cat(tissues), affine=affine),
         }
         if case.mask is not None:
-            mask = read_mask_on(case.mask, grid, name_of(first), "resample it to that image, or repair its header")
+            name = f"the {next(iter(case.images))} image"  # as the check of the data set says, so that it is told once
+            mask = read_mask_on(case.mask, grid, name, "resample it to that image, or repair its header")
             mask = torch.from_numpy(mask.astype(np.uint8))
             loaded["mask"] = MetaTensor(mask[None], affine=affine)
         return loaded

@@ -18,7 +18,7 @@ from rsanet.segment.words import DataWarning, sizes
 Array = np.ndarray
 
 ALIKE = 0.01  # of a voxel: grids whose corners are less apart are one, and differ by the rounding of their headers
-TURNED = 0.1  # of a voxel: how far a turn that is still rounding moves the corners of a grid
+TURNED = 2e-3  # radians between the axes of two headers; a qform, whose numbers are of 32 bits, may be 1.2e-3 off
 SHEARED = 1e-5  # cosine of the angle between two axes; the rounding of a header leaves less of a right angle
 
 
@@ -134,7 +134,7 @@ def _find_turn(shape: Sequence[int], affine: Array, wanted: Sequence[int], like:
         return None, False
     affine = affine @ orientations.inv_ornt_aff(turn, shape)
     off = np.abs(offsets(wanted, affine, like)).max()
-    taken = off < ALIKE or (off < 1 - ALIKE and _turned(wanted, affine, like) <= TURNED)
+    taken = off < ALIKE or (off < 1 - ALIKE and _angle(affine, like) <= TURNED)
     return (turn, bool(off >= ALIKE)) if taken else (None, False)
 
 
@@ -156,11 +156,10 @@ def offsets(shape: Sequence[int], affine: Array, like: Array) -> Array:
     return apply_affine(np.linalg.solve(like, affine), corners) - corners
 
 
-def _turned(shape: Sequence[int], affine: Array, like: Array) -> float:
-    """How many voxels the corners of a grid move by what turns and shears it, not by what shifts or scales it."""
-    bent = np.linalg.solve(like, affine)[:3, :3]
-    half = (np.array(shape) - 1) / 2
-    return float((np.abs(bent - np.diag(np.diag(bent))) @ half).max())
+def _angle(affine: Array, like: Array) -> float:
+    """The largest angle in radians between an axis of a grid and the same axis of another."""
+    here, there = (grid[:3, :3] / voxel_sizes(grid) for grid in (affine, like))
+    return float(2 * np.arcsin(np.clip(np.linalg.norm(here - there, axis=0) / 2, 0, 1)).max())
 
 
 def _farthest(shape: Sequence[int], affine: Array, like: Array) -> str:
@@ -192,16 +191,15 @@ def _differences(shape: Sequence[int], image: nib.Nifti1Image, like: nib.Nifti1I
         ours, theirs = ("×".join(f"{float(f'{size:.6g}')}" for size in lengths) for lengths in (here, there))
         if ours != theirs:
             found.append(f"its voxels have {ours} mm by its affine, not {theirs}")
-    cosines = ((affine[:3, :3] / here) * (like.affine[:3, :3] / there)).sum(0)
-    if (angle := np.degrees(np.arccos(np.clip(cosines, -1, 1))).max()) >= 0.05:
-        found.append(f"its axes are turned by {angle:.1f}°")
+    if (angle := _angle(affine, like.affine)) > TURNED:
+        found.append(f"its axes are turned by {np.degrees(angle):.1f}°")
     way = np.linalg.solve(like.affine[:3, :3], affine[:3, 3] - like.affine[:3, 3])
     if np.abs(way).max() >= ALIKE:
         found.append(f"its origin is {_way(way, like.affine)} off")
     if not any(int(image.header[code]) for code in ("sform_code", "qform_code")):
         found.append("its header has neither qform nor sform")
     found += _forms(shape, image, like)
-    return found or ["its corners lie more than a tenth of a voxel off"]
+    return found or ["its far corner lies a voxel off or more"]
 
 
 def _forms(shape: Sequence[int], image: nib.Nifti1Image, like: nib.Nifti1Image) -> list[str]:

@@ -247,6 +247,24 @@ def test_the_rounding_of_a_header_is_no_other_grid(kind, zooms):
     assert told(geometry.align, space, other, like, "m", "i", "resample it")[1] == []
 
 
+@pytest.mark.parametrize("turn", [TURNS[5], TURNS[6]])
+def test_the_rounding_of_a_qform_about_half_a_turn_is_no_other_grid(turn):
+    shape, apart = (512, 512, 320), []
+    space = np.broadcast_to(np.uint8(0), shape)
+    for seed in range(8):
+        degrees = np.random.default_rng(seed).uniform(-0.1, 0.1, 3)
+        affine = turned(space, oblique((0.8, 0.8, 0.8), degrees), turn)[1]
+        header = nib.Nifti1Header()
+        header.set_qform(affine, 1)
+        rounded = nib.Nifti1Header(header.binaryblock).get_qform()
+        apart.append(np.abs(geometry.offsets(shape, rounded, affine)).max())
+        mask, like = image_of(space, rounded, sform=0, qform=1), image_of(space, affine)
+        found, words = told(geometry.align, space, mask, like, "m", "i", "resample it")
+        assert found.shape == shape
+        assert bool(words) == (apart[-1] >= geometry.ALIKE)
+    assert max(apart) > 0.2, "32 bits of a quaternion say little there"
+
+
 def test_a_header_half_a_voxel_off_is_taken_with_a_warning_that_names_the_offset(tmp_path):
     affine, mask = np.diag([0.8, 0.5, 0.5, 1.0]), pair(4)[0]
     off = affine.copy()
@@ -338,6 +356,23 @@ def test_training_learns_from_a_mask_that_is_stored_in_another_order(tmp_path, p
     assert np.array_equal(loaded["mask"][0].numpy(), mask)
     bright = np.asarray(nib.load(case.images["FLAIR"]).dataobj)
     assert bright[loaded["mask"][0].numpy() > 0].mean() > 150, "the lesions of the phantoms are bright"
+
+
+def test_an_offset_is_told_once_by_the_check_and_the_reading(tmp_path, phantoms):
+    root = phantoms.write_cohort(tmp_path / "data", 1)
+    path = phantoms.mask_path(root, "sub-001")
+    moved = np.eye(4)
+    moved[0, 3] = 0.5
+    mask = np.asarray(nib.load(path).dataobj)
+    save(path, mask, moved)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        loaded = LoadCase()(find_cases(root, require_mask=True)[0])
+    assert np.array_equal(loaded["mask"][0].numpy(), mask)
+    assert [str(one.message) for one in seen if one.category is DataWarning] == [
+        f"{path} has the voxels of the FLAIR image, but by its header they lie 0.5 mm (0.5, 0, 0 voxels) off: it is "
+        "taken voxel by voxel."
+    ]
 
 
 def test_training_refuses_a_mask_elsewhere_in_its_check_and_where_it_is_read(tmp_path, phantoms):
