@@ -726,7 +726,16 @@ def test_an_option_that_took_the_argument_is_named(rsanet, tmp_path, monkeypatch
 SOURCES = [*Path(cli.__file__).parent.rglob("*.py"), *(ROOT / "rsa_kernels").rglob("*.py")]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Of pip, torchrun, monai.bundle, python -m rsa_kernels and the benchmarks; nnU-Net's have underscores.
-OTHERS = {"--no-build-isolation", "--nproc-per-node", "--datalist", "--check", "--shape", "--dtype", "--quick"}
+OTHERS = {
+    "--no-build-isolation",
+    "--nproc-per-node",
+    "--datalist",
+    "--check",
+    "--shape",
+    "--dtype",
+    "--output",
+    "--quick",
+}
 OTHERS |= {"--install-completion", "--debug", "--help", "--version"}  # of every verb, or of none
 
 
