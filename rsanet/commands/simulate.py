@@ -23,7 +23,7 @@ def simulate(
     load: Annotated[
         str,
         typer.Option(
-            help=f"Lesion load: {', '.join(LOADS)}; medians of about 0, 1.5, 5 and 16 mL.",
+            help=f"Lesion load: {', '.join(LOADS)}; each has more and larger lesions than the one before.",
             autocompletion=completed(list(LOADS)),
         ),
     ] = DEFAULTS.load,
