@@ -257,18 +257,18 @@ def real():
 
 @pytest.mark.parametrize("contrast", ["FLAIR", "T1", "T2", "T1POST"])
 def test_the_brain_of_a_real_patient_has_no_holes(real, contrast):
-    voxels = real(f"mni/patient26/{contrast}.nii.gz")
+    voxels = real(f"mni/patient26/{contrast}.nii.gz")[::2, ::2, ::2]
     brain = ndimage.binary_fill_holes(voxels != 0)
     tissue = tissue_mask(voxels)
-    assert (voxels[brain] < 0).sum() > 1000  # of the splines that resampled it
+    assert (voxels[brain] < 0).sum() > 100  # of the splines that resampled it
     assert tissue.sum() == pytest.approx(brain.sum(), rel=0.02)
-    assert tissue[ndimage.binary_erosion(brain, iterations=4)].mean() > 0.999
+    assert tissue[ndimage.binary_erosion(brain, iterations=3)].mean() > 0.998
     assert np.count_nonzero(tissue & ~brain) < 0.001 * brain.sum()
 
 
 @pytest.mark.parametrize("name", ["patient01/study1_T1W", "patient03/study1_FLAIR", "patient20/study2_FLAIR"])
 def test_a_real_head_is_the_same_in_other_air(real, name):
-    voxels = real(f"longitudinal/{name}.nii.gz")[::2, ::2]
+    voxels = real(f"longitudinal/{name}.nii.gz")[::3, ::3]
     tissue = tissue_mask(voxels)
     typical = np.median(voxels[tissue])
     for other in (
