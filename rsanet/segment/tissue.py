@@ -148,11 +148,17 @@ def _apart(voxels: np.ndarray, region: np.ndarray, background: _Background, padd
         least, most = (LEAST_TISSUE if near else LEAST_OFFSET if share > 0.6 else 1.0), 1.0
     elif level > padding + NEAR * typical:  # the outer part of a brain
         return None
-    elif area > FULL * region[ndimage.find_objects(region.view(np.uint8))[0]].size:
+    elif area > FULL * _box_of(region):
         least, most = LEAST_OFFSET, 1.0
     else:  # a turned field of view, or a brain
         least, most = SHARES_TURNED
     return bright | dark if least * area <= count <= most * area else None
+
+
+def _box_of(region: np.ndarray) -> int:
+    """How many voxels the box around a region has; specks of it do not widen the box."""
+    boxes = ndimage.find_objects((_around(region, 1) >= 14).view(np.uint8))
+    return region[boxes[0]].size if boxes else region.size
 
 
 def _without_specks(shown: np.ndarray) -> np.ndarray:
@@ -167,7 +173,11 @@ def _without_specks(shown: np.ndarray) -> np.ndarray:
 
 
 def _filled(tissue: np.ndarray) -> np.ndarray:
-    """Tissue with what it encloses, at a face of the field of view within that face."""
+    """Tissue with what it encloses in space, or in planes across two of the axes.
+
+    A hole that reaches a face of the field of view is closed where it is one within that face. The sinuses are open in
+    space, through the nose; a groove between two lobes of a brain is enclosed in the planes across one axis at most.
+    """
     labels, count = ndimage.label(~tissue)
     open_ = np.zeros(count + 1, bool)
     for axis in range(3):
@@ -176,7 +186,23 @@ def _filled(tissue: np.ndarray) -> np.ndarray:
             parts, _ = ndimage.label(face)
             outer = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
             open_[face[np.isin(parts, outer[outer > 0])]] = True
-    return ~open_[labels]
+    filled = ~open_[labels]
+    if not filled.any():
+        return filled
+    box = ndimage.find_objects(filled.view(np.uint8))[0]
+    inside = filled[box]
+    times = np.zeros(inside.shape, np.uint8)
+    for across in range(3):
+        links = ndimage.generate_binary_structure(3, 1)
+        links[(slice(None),) * across + ([0, 2],)] = False
+        margins = [(0, 0) if axis == across else (1, 1) for axis in range(3)]  # of background
+        labels, count = ndimage.label(np.pad(~inside, margins, constant_values=True), links)
+        enclosed = np.ones(count + 1, bool)
+        for axis in {0, 1, 2} - {across}:
+            enclosed[labels.take(0, axis)] = False
+        times += enclosed[labels][tuple(slice(before, -before or None) for before, _ in margins)]
+    filled[box] = times >= 2  # of tissue, which has the label 0, all three
+    return filled
 
 
 def _around(mask: np.ndarray, reach: int, *, beyond: bool = False) -> np.ndarray:

