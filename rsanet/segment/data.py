@@ -36,6 +36,8 @@ from monai.transforms import (
 from torch import Tensor
 
 from rsanet.segment.cases import Case
+from rsanet.segment.checks import fill, look
+from rsanet.segment.registration import Sketch
 from rsanet.segment.volumes import ROUNDING, check_views, load_grid, read_image, read_mask, same_grid, tissue_mask
 
 # Stored as (z, y, x), the network's axis names are anatomically true: "axial" runs from inferior to superior.
@@ -91,15 +93,31 @@ class Preparation(Compose):
 
 
 class LoadCase(Transform):
-    """Reads a `Case`: ``image`` ``(C, ...)`` on the grid of its first contrast, and ``mask`` ``(1, ...)``."""
+    """Reads a `Case`: ``image`` ``(C, ...)`` on the grid of its first contrast, and ``mask`` ``(1, ...)``.
+
+    Args:
+        checked: whether to add ``head`` ``(1, ...)``, uint8, where the first contrast shows the head, and ``apart``:
+            how many mm each further contrast lies from the first, by name.
+    """
+
+    def __init__(self, checked: bool = False) -> None:
+        self.checked = checked
 
     def __call__(self, case: Case) -> dict[str, Any]:
         """Contrasts on other grids are resampled, by their headers."""
         volumes: list[Tensor] = []
         grid: nib.Nifti1Image | None = None
         first = next(iter(case.images.values()), None)
-        for path in case.images.values():
+        sketch, added = None, {}
+        for name, path in case.images.items():
             voxels, image = read_image(path)
+            if self.checked:
+                head = fill(tissue_mask(voxels))
+                drawn = Sketch.of(voxels, head, image.affine)
+                if sketch is None:
+                    sketch, added = drawn, {"head": torch.from_numpy(head.astype(np.uint8))[None], "apart": {}}
+                else:
+                    added["apart"][name] = sketch.find(drawn).apart
             volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(image.affine))
             if grid is None:
                 grid = image
@@ -114,11 +132,20 @@ class LoadCase(Transform):
         if grid is None:
             raise ValueError(f"{case.id} has no images.")
         affine = torch.from_numpy(grid.affine)
-        loaded: dict[str, Any] = {"case": case.id, "image": MetaTensor(torch.cat(volumes), affine=affine)}
+        loaded: dict[str, Any] = {"case": case.id, "image": MetaTensor(torch.cat(volumes), affine=affine), **added}
         if case.mask is not None:
             mask = torch.from_numpy(read_mask(case.mask)[0].astype(np.uint8))
             loaded["mask"] = MetaTensor(mask[None], affine=affine)
         return loaded
+
+
+class Look(Transform):
+    """Adds ``look``, what the images look like before they are normalized; see `rsanet.segment.checks`."""
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Leaves every other entry as it is."""
+        image = data["image"]
+        return {**data, "look": look(image.numpy(), foreground(image).numpy(), image.affine.numpy())}
 
 
 class NormalizeForeground(Transform):
@@ -143,29 +170,35 @@ class NormalizeForeground(Transform):
         return result
 
 
-def preprocessing(spacing: Sequence[float] | None = None) -> Preparation:
+def preprocessing(
+    spacing: Sequence[float] | None = None, *, checked: bool = False, looked: bool = False
+) -> Preparation:
     """From a `Case` to normalized volumes around the head; the way back is ``monai.transforms.Invertd``.
 
     Args:
         spacing: voxel size in mm to resample to, or None to keep the images' own.
+        checked: see `LoadCase`.
+        looked: whether to add ``look``; see `Look`.
     """
     keys = ("image", "mask")
     steps: list[Transform] = [
-        LoadCase(),
+        LoadCase(checked),
         Orientationd(keys, ORIENTATION, labels=None, allow_missing_keys=True),
     ]
     if spacing is not None:
         steps.append(Spacingd(keys, tuple(spacing), mode=("bilinear", "nearest"), allow_missing_keys=True))
     steps.append(CropForegroundd(keys, "image", select_fn=foreground, allow_missing_keys=True, allow_smaller=True))
+    if looked:
+        steps.append(Look())
     steps.append(NormalizeForeground())
     return Preparation(steps)
 
 
 def preparing_to_train(spacing: Sequence[float] | None = None) -> Preparation:
-    """What a cache keeps of a `Case`: ``image``, ``mask``, and where a patch may be centred on lesion and elsewhere."""
+    """What a cache keeps of a `Case`: ``image``, ``mask``, ``look``, and where a patch may be centred on lesion and elsewhere."""
     return Preparation(
         [
-            *preprocessing(spacing).transforms,
+            *preprocessing(spacing, looked=True).transforms,
             EnsureTyped(("image", "mask"), track_meta=False),
             FgBgToIndicesd("mask", image_key="image"),
             Lambdad("mask_bg_indices", lambda indices: indices[:: max(1, len(indices) // CENTRES)]),
