@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from rsanet.segment.formats import FORMATS, is_other_format, is_series, read_other_format
 from rsanet.segment.recipe import LARGEST_VOXEL, SMALLEST_VOXEL
+from rsanet.segment.tissue import LEAST_TISSUE, tissue_mask
 from rsanet.segment.words import counted, sizes
 
 # nibabel tells of what it mends in a header on stderr, without the file's name; what matters is told below.
@@ -37,7 +38,6 @@ CONVERTERS = {
 }
 
 ROUNDING = 2e-5  # of the largest value; the scaled integers of 16 bits and an interpolation leave less beside 0
-LEAST_TISSUE = 0.001  # of the voxels of an image; the head in a generous field of view takes a tenth
 LEAST_SHARED, LEAST_COVERED = 0.5, 0.1  # of a field of view; see check_views
 
 Volume: TypeAlias = str | os.PathLike | SpatialImage
@@ -249,19 +249,6 @@ def _compare_forms(image: nib.Nifti1Image, name: str) -> None:
             DataWarning,
             stacklevel=1,
         )
-
-
-def tissue_mask(voxels: np.ndarray) -> np.ndarray:
-    """Where an image ``(X, Y, Z)`` shows tissue, not background, as booleans; its finite voxels decide.
-
-    The background of a skull-stripped or normalized image is exactly zero. Elsewhere it is air, with noise, and
-    tissue is what is brighter than a tenth of the 99th percentile.
-    """
-    finite = np.isfinite(voxels)
-    known = voxels[finite]
-    zero = voxels == 0
-    air = known.size and known.min() >= 0 and np.count_nonzero(zero) < 0.02 * known.size
-    return finite & (voxels > 0.1 * np.percentile(known, 99) if air else ~zero)
 
 
 def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
