@@ -7,7 +7,7 @@ a child as of an adult: depths are shares of the distance from the surface of th
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,15 @@ DARK = 0.35  # of the brain's intensity
 CLOSED = 0.08  # of a head's radius; gaps of the tissue up to twice as wide are inside
 LEAST = 30  # voxels that a mean is taken of
 QUANTILES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
+# Of the darkest layer below the surface, the dark share: real heads have 0.29 to 0.81 in each contrast, stripped brains
+# up to 0.08.
+SKULL, STRIPPED = 0.2, 0.12
+BRIGHTER = 0.25  # of the brain's intensity: an outermost layer that much above every training image's is no brain's
+MOST_ALIKE = 0.8  # of the training cases that are stripped, or are not, for a word on all of them
+# Another order of the contrasts is told of where it differs from the training images by less than CLEARLY of what the
+# given one does, by at least MARGIN less, and is near them at all.
+CLEARLY, MARGIN, NEAR = 0.75, 0.12, 0.7
+MOST_ORDERS = 5  # contrasts whose orders are all tried; of more, two at a time are exchanged
 
 
 def coarse(voxels: np.ndarray, affine: np.ndarray, most: float = COARSE) -> tuple[np.ndarray, np.ndarray]:
@@ -102,3 +111,127 @@ def rim_of(voxels: np.ndarray, tissue: np.ndarray, size: Sequence[float]) -> tup
 def rounded(values: Sequence[float]) -> list[float]:
     """For a file that people may read."""
     return [round(float(value), 4) for value in values]
+
+
+def summary(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a model file keeps of the looks of its training cases, in JSON types."""
+    shells = [shell for shell in map(shell_of, looks) if shell is not None]
+    stripped = np.mean([shell < STRIPPED for shell in shells]) if shells else 0.5
+    whole = np.mean([shell > SKULL for shell in shells]) if shells else 0.5
+    rims = np.array([each["rim"] for each in looks], float)  # None becomes NaN
+    known = np.isfinite(rims)
+    highest = np.where(known.any(0), np.where(known, rims, -np.inf).max(0), np.nan)
+    middle = np.where(known.any(0), np.where(known, rims, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
+    return {
+        "skull_stripped": True if stripped >= MOST_ALIKE else False if whole >= MOST_ALIKE else None,
+        "rim": [_plain(row) for row in middle],
+        "rim_highest": [_plain(row) for row in highest],
+        "quantiles": [rounded(row) for row in np.mean([each["quantiles"] for each in looks], 0)],
+        "alike": [rounded(row) for row in np.mean([each["alike"] for each in looks], 0)],
+    }
+
+
+def is_summary(value: Any, contrasts: int) -> bool:
+    """Whether a value from a file can be what `summary` makes of so many contrasts."""
+    lengths = {"rim": BINS, "rim_highest": BINS, "quantiles": len(QUANTILES), "alike": contrasts}
+    try:
+        arrays = {name: np.array(value[name], float) for name in lengths}
+        stripped = value["skull_stripped"]
+    except (KeyError, TypeError, ValueError):
+        return False
+    return stripped in (True, False, None) and all(
+        array.shape == (contrasts, lengths[name]) and not np.isinf(array).any() for name, array in arrays.items()
+    )
+
+
+def reordered(found: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """A look with its contrasts in another order."""
+    rows = {name: [found[name][number] for number in order] for name in ("shell", "rim", "quantiles")}
+    return {**rows, "alike": [[found["alike"][one][other] for other in order] for one in order]}
+
+
+def shell_of(found: Mapping[str, Any]) -> float | None:
+    """How dark the darkest layer below the surface is, over the contrasts; None where no contrast tells."""
+    shells = [shell for shell in found["shell"] if shell is not None]
+    return float(np.mean(shells)) if shells else None
+
+
+def doubts(found: Mapping[str, Any], trained: Mapping[str, Any], contrasts: Sequence[str], model: str) -> Iterator[str]:
+    """What is doubtful in the look of a case for a model: a sentence each.
+
+    Args:
+        found: the look; its contrasts in the model's order.
+        trained: of the model's training images.
+        contrasts: their names.
+        model: its name.
+    """
+    order = best_order(found, trained)
+    if order != tuple(range(len(contrasts))):
+        wrong = [
+            f"the image given as {name} looks like {contrasts[order.index(number)]}"
+            for number, name in enumerate(contrasts)
+            if order[number] != number
+        ]
+        yield (
+            f"{' and '.join(wrong)}, by what {model} was trained on: check the order of -i, or the names of the files"
+        )
+    shell = shell_of(found)
+    if shell is None:
+        return
+    if trained["skull_stripped"] is True and (shell > SKULL or brighter(found, trained, order) > BRIGHTER):
+        yield (
+            f"the images show a head with its skull, but {model} was trained on skull-stripped images, and may mark "
+            "scalp and bone: extract the brain first, for example with HD-BET or SynthStrip, or take a model for whole "
+            "heads"
+        )
+    if trained["skull_stripped"] is False and shell < STRIPPED:
+        yield (
+            f"the images show a skull-stripped brain, but {model} was trained on whole heads with their skull: give "
+            "the images before the brain extraction, or take a model for skull-stripped images"
+        )
+
+
+def best_order(found: Mapping[str, Any], trained: Mapping[str, Any]) -> tuple[int, ...]:
+    """Which of the images given goes where, by the training images: as given unless another order fits clearly better.
+
+    Returns:
+        For each contrast of the model the number of the image that looks like it.
+    """
+    count = len(found["shell"])
+    given = tuple(range(count))
+    if count <= MOST_ORDERS:
+        orders = list(itertools.permutations(given))
+    else:
+        orders = [given]
+        for one, other in itertools.combinations(given, 2):
+            swapped = list(given)
+            swapped[one], swapped[other] = other, one
+            orders.append(tuple(swapped))
+    differences = {order: difference(found, trained, order) for order in orders}
+    best = min(orders, key=lambda order: differences[order])
+    clear = differences[best] < min(CLEARLY * differences[given], differences[given] - MARGIN, NEAR)
+    return best if clear else given
+
+
+def difference(found: Mapping[str, Any], trained: Mapping[str, Any], order: Sequence[int]) -> float:
+    """How far the images, in some order, are from the training images: histograms, layers, and correlations."""
+    order = list(order)
+    histograms = np.abs(np.array(found["quantiles"])[order] - np.array(trained["quantiles"])).mean()
+    layers = np.abs(np.array(found["rim"], float)[order] - np.array(trained["rim"], float))[:, 1:6]
+    total = float(histograms) + (float(np.nanmean(layers)) if np.isfinite(layers).any() else 0.0)
+    pairs = np.triu_indices(len(order), 1)
+    if len(order) > 1:
+        total += float(
+            np.abs(np.array(found["alike"])[np.ix_(order, order)] - np.array(trained["alike"]))[pairs].mean()
+        )
+    return total
+
+
+def brighter(found: Mapping[str, Any], trained: Mapping[str, Any], order: Sequence[int]) -> float:
+    """By how much the two outermost layers are brighter than in any training image, over the contrasts."""
+    layers = (np.array(found["rim"], float)[list(order)] - np.array(trained["rim_highest"], float))[:, :2]
+    return float(np.nanmean(layers)) if np.isfinite(layers).any() else 0.0
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else round(float(value), 4) for value in values]

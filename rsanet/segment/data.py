@@ -36,9 +36,9 @@ from monai.transforms import (
 from torch import Tensor
 
 from rsanet.segment.cases import Case
-from rsanet.segment.checks import fill, look
+from rsanet.segment.checks import look
 from rsanet.segment.registration import Sketch
-from rsanet.segment.volumes import ROUNDING, check_views, load_grid, read_image, read_mask, same_grid, tissue_mask
+from rsanet.segment.volumes import ROUNDING, check_views, load_grid, read_head, read_mask, same_grid, tissue_mask
 
 # Stored as (z, y, x), the network's axis names are anatomically true: "axial" runs from inferior to superior.
 ORIENTATION = "SAR"
@@ -97,7 +97,7 @@ class LoadCase(Transform):
 
     Args:
         checked: whether to add ``head`` ``(1, ...)``, uint8, where the first contrast shows the head, and ``apart``:
-            how many mm each further contrast lies from the first, by name.
+            where each further contrast lies beside the first, by name.
     """
 
     def __init__(self, checked: bool = False) -> None:
@@ -110,14 +110,13 @@ class LoadCase(Transform):
         first = next(iter(case.images.values()), None)
         sketch, added = None, {}
         for name, path in case.images.items():
-            voxels, image = read_image(path)
+            voxels, image, head = read_head(path)
             if self.checked:
-                head = fill(tissue_mask(voxels))
                 drawn = Sketch.of(voxels, head, image.affine)
                 if sketch is None:
                     sketch, added = drawn, {"head": torch.from_numpy(head.astype(np.uint8))[None], "apart": {}}
                 else:
-                    added["apart"][name] = sketch.find(drawn).apart
+                    added["apart"][name] = sketch.find(drawn)
             volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(image.affine))
             if grid is None:
                 grid = image
@@ -139,23 +138,22 @@ class LoadCase(Transform):
         return loaded
 
 
-class Look(Transform):
-    """Adds ``look``, what the images look like before they are normalized; see `rsanet.segment.checks`."""
-
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Leaves every other entry as it is."""
-        image = data["image"]
-        return {**data, "look": look(image.numpy(), foreground(image).numpy(), image.affine.numpy())}
-
-
 class NormalizeForeground(Transform):
-    """Gives the tissue of each channel mean 0 and standard deviation 1; exact zeros stay zero, like padding."""
+    """Gives the tissue of each channel mean 0 and standard deviation 1; exact zeros stay zero, like padding.
+
+    Args:
+        looked: whether to add ``look``, what the images look like before; see `rsanet.segment.checks`.
+    """
+
+    def __init__(self, looked: bool = False) -> None:
+        self.looked = looked
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """Leaves every other entry as it is."""
         image = data["image"]
         normalized = []
-        for channel, tissue in zip(image.as_tensor(), foreground(image), strict=True):
+        shown = foreground(image)
+        for channel, tissue in zip(image.as_tensor(), shown, strict=True):
             values = channel[tissue]
             if values.numel() == 0:
                 raise ValueError(
@@ -167,6 +165,8 @@ class NormalizeForeground(Transform):
         result = dict(data)
         result["image"] = MetaTensor(torch.stack(normalized), meta=image.meta)
         result["image"].applied_operations = image.applied_operations
+        if self.looked:
+            result["look"] = look(image.numpy(), shown.numpy(), image.affine.numpy())
         return result
 
 
@@ -178,7 +178,7 @@ def preprocessing(
     Args:
         spacing: voxel size in mm to resample to, or None to keep the images' own.
         checked: see `LoadCase`.
-        looked: whether to add ``look``; see `Look`.
+        looked: whether to add ``look``; see `NormalizeForeground`.
     """
     keys = ("image", "mask")
     steps: list[Transform] = [
@@ -188,14 +188,12 @@ def preprocessing(
     if spacing is not None:
         steps.append(Spacingd(keys, tuple(spacing), mode=("bilinear", "nearest"), allow_missing_keys=True))
     steps.append(CropForegroundd(keys, "image", select_fn=foreground, allow_missing_keys=True, allow_smaller=True))
-    if looked:
-        steps.append(Look())
-    steps.append(NormalizeForeground())
+    steps.append(NormalizeForeground(looked))
     return Preparation(steps)
 
 
 def preparing_to_train(spacing: Sequence[float] | None = None) -> Preparation:
-    """What a cache keeps of a `Case`: ``image``, ``mask``, ``look``, and where a patch may be centred on lesion and elsewhere."""
+    """What a cache keeps of a `Case`: ``image``, ``mask``, ``look``, and where patches are centred, lesion or not."""
     return Preparation(
         [
             *preprocessing(spacing, looked=True).transforms,

@@ -4,8 +4,8 @@ A transform maps points of the fixed image to the moving one, as those that a re
 in NIfTI's world (to the right, the front and up); its file is ITK's, in ITK's world (to the left, the back and up).
 """
 
-from collections.abc import Sequence
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,9 +18,9 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from rsanet.segment.cases import Case
-from rsanet.segment.checks import coarse, fill
+from rsanet.segment.checks import coarse
 from rsanet.segment.files import written_beside
-from rsanet.segment.volumes import DataWarning, name_of, read_image, stem, tissue_mask
+from rsanet.segment.volumes import DataWarning, name_of, read_head, stem
 
 COARSE = 4.0  # mm; a sketch takes voxels together up to this size
 LEVELS = 24  # of intensity, each of as many voxels; beside them 0 for what is no head
@@ -56,7 +56,11 @@ class Found:
 
     def is_apart(self) -> bool:
         """Whether the contrasts are so far apart that a network would see one beside the other."""
-        return self.share > APART or self.overlap < LEAST_OVERLAP
+        return self.far() or self.overlap < LEAST_OVERLAP
+
+    def far(self) -> bool:
+        """Whether another place fits better, by more than APART."""
+        return self.share > APART
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,13 +192,12 @@ def register(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     itk = check_registration()
     names = list(case.images)
-    fixed, grid = read_image(case.images[names[0]])
-    head = fill(tissue_mask(fixed))
+    fixed, grid, head = read_head(case.images[names[0]])
     sketch = Sketch.of(fixed, head, grid.affine)
     images, matrices = dict(case.images), {}
     for name in names[1:]:
-        moving, image = read_image(case.images[name])
-        other = Sketch.of(moving, fill(tissue_mask(moving)), image.affine)
+        moving, image, shown = read_head(case.images[name])
+        other = Sketch.of(moving, shown, image.affine)
         centred = from_matvec(np.eye(3), other.middle() - sketch.middle())
         start = sketch.find(other, (np.eye(4), centred))
         matrix = _refined(itk, (fixed, head, grid.affine), (moving, image.affine), start.matrix)

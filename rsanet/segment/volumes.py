@@ -252,13 +252,18 @@ def _compare_forms(image: nib.Nifti1Image, name: str) -> None:
 
 
 def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """As `read_head`, without where the head is."""
+    return read_head(volume)[:2]
+
+
+def read_head(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image, np.ndarray]:
     """Reads a contrast, which must show a head. NaN and infinities outside the head become 0, with a `DataWarning`.
 
     They are outside where no tissue touches them. Where they cover the faces of the volume, NaN is the mark of the
     background, as in SPM, and they are outside unless tissue encloses them.
 
     Returns:
-        As `read_volume`, every voxel finite, and exactly 0 what is 0 but for rounding.
+        As `read_volume`, every voxel finite, and exactly 0 what is 0 but for rounding; and its `tissue_mask`.
 
     Raises:
         ValueError: also where the image is the same everywhere, shows next to no tissue, or has voxels in the head
@@ -293,7 +298,7 @@ def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
             stacklevel=1,  # one place, so that it is told once, whoever reads the file again
         )
         voxels[bad] = 0
-    return voxels, image
+    return voxels, image, shown
 
 
 def _in_head(bad: np.ndarray, shown: np.ndarray) -> bool:
