@@ -204,17 +204,12 @@ def bundle_metadata(described: Described) -> dict[str, Any]:
 def inference(described: Described) -> dict[str, Any]:
     """The configuration that applies the model as `rsanet predict` does, under the names that MONAI's tools know."""
     ours = "rsanet.integrations.monai"
-    orient = {"_target_": "Orientationd", "keys": "image", "axcodes": ORIENTATION, "labels": None}
-    respace = {"_target_": "Spacingd", "keys": "image", "pixdim": described.spacing, "mode": "bilinear"}
-    crop = {
-        "_target_": "CropForegroundd",
-        "keys": "image",
-        "source_key": "image",
-        "select_fn": "$foreground",
-        "allow_smaller": True,
-    }
+    both = ["image", "tissue"]
+    orient = {"_target_": "Orientationd", "keys": both, "axcodes": ORIENTATION, "labels": None}
+    modes = ["bilinear", "nearest"]
+    respace = {"_target_": "Spacingd", "keys": both, "pixdim": described.spacing, "mode": modes}
+    crop = {"_target_": "CropForegroundd", "keys": both, "source_key": "tissue", "allow_smaller": True}
     return {
-        "imports": ["$from rsanet.segment.data import foreground"],
         "bundle_root": ".",
         "dataset_dir": "data",
         "output_dir": "$@bundle_root + '/eval'",
@@ -234,7 +229,7 @@ def inference(described: Described) -> dict[str, Any]:
                 orient,
                 *([respace] if described.spacing else []),
                 crop,
-                {"_target_": "rsanet.segment.data.NormalizeForeground"},
+                {"_target_": "rsanet.segment.data.NormalizeForeground", "tissue": "tissue"},
             ],
         },
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},

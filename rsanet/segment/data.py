@@ -38,7 +38,7 @@ from torch import Tensor
 from rsanet.segment.cases import Case
 from rsanet.segment.checks import look
 from rsanet.segment.registration import Sketch
-from rsanet.segment.volumes import ROUNDING, check_views, load_grid, read_head, read_mask, same_grid, tissue_mask
+from rsanet.segment.volumes import ROUNDING, check_views, load_grid, read_contrast, read_mask, same_grid, tissue_mask
 
 # Stored as (z, y, x), the network's axis names are anatomically true: "axial" runs from inferior to superior.
 ORIENTATION = "SAR"
@@ -93,11 +93,14 @@ class Preparation(Compose):
 
 
 class LoadCase(Transform):
-    """Reads a `Case`: ``image`` ``(C, ...)`` on the grid of its first contrast, and ``mask`` ``(1, ...)``.
+    """Reads a `Case` on the grid of its first contrast.
+
+    ``image`` is ``(C, ...)``; ``tissue``, of the same size, is 1 where a contrast shows tissue; ``mask`` is
+    ``(1, ...)``.
 
     Args:
-        checked: whether to add ``head`` ``(1, ...)``, uint8, where the first contrast shows the head, and ``apart``:
-            where each further contrast lies beside the first, by name.
+        checked: whether to add ``head`` ``(1, ...)``, where the first contrast shows tissue, which stays on that grid,
+            and ``apart``: where each further contrast lies beside the first, by name.
     """
 
     def __init__(self, checked: bool = False) -> None:
@@ -106,32 +109,41 @@ class LoadCase(Transform):
     def __call__(self, case: Case) -> dict[str, Any]:
         """Contrasts on other grids are resampled, by their headers."""
         volumes: list[Tensor] = []
+        tissues: list[Tensor] = []
         grid: nib.Nifti1Image | None = None
         first = next(iter(case.images.values()), None)
-        sketch, added = None, {}
+        sketches: dict[str, Sketch] = {}
         for name, path in case.images.items():
-            voxels, image, head = read_head(path)
+            voxels, shown, image = read_contrast(path)
             if self.checked:
-                drawn = Sketch.of(voxels, head, image.affine)
-                if sketch is None:
-                    sketch, added = drawn, {"head": torch.from_numpy(head.astype(np.uint8))[None], "apart": {}}
-                else:
-                    added["apart"][name] = sketch.find(drawn)
-            volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(image.affine))
+                sketches[name] = Sketch.of(voxels, shown, image.affine)
+            affine = torch.from_numpy(image.affine)
+            volume = MetaTensor(torch.from_numpy(voxels)[None], affine=affine)
+            tissue = MetaTensor(torch.from_numpy(shown.astype(np.uint8))[None], affine=affine)
             if grid is None:
                 grid = image
             elif not same_grid(grid, image):
                 check_views(first, grid, path, image)
-                volume = SpatialResample(mode="bilinear", padding_mode="zeros")(
-                    volume, dst_affine=torch.from_numpy(grid.affine), spatial_size=grid.shape[:3]
-                )
-                # Beside the background, an interpolation at the very voxels leaves next to 0 what was 0.
+                there = {"dst_affine": torch.from_numpy(grid.affine), "spatial_size": grid.shape[:3]}
+                # Where the contrast ends there is no tissue; its last voxels are not mixed with what is beyond.
+                volume = SpatialResample(mode="bilinear", padding_mode="border")(volume, **there)
+                tissue = SpatialResample(mode="nearest", padding_mode="zeros")(tissue, **there)
+                # An interpolation at the very voxels leaves next to 0 what was 0.
                 volume = torch.where(volume.abs() < ROUNDING * volume.abs().max(), 0, volume)
             volumes.append(volume.as_tensor().float())
+            tissues.append(tissue.as_tensor().to(torch.uint8))
         if grid is None:
             raise ValueError(f"{case.id} has no images.")
         affine = torch.from_numpy(grid.affine)
-        loaded: dict[str, Any] = {"case": case.id, "image": MetaTensor(torch.cat(volumes), affine=affine), **added}
+        loaded: dict[str, Any] = {
+            "case": case.id,
+            "image": MetaTensor(torch.cat(volumes), affine=affine),
+            "tissue": MetaTensor(torch.cat(tissues), affine=affine),
+        }
+        if self.checked:
+            drawn, *others = sketches
+            loaded["head"] = tissues[0].clone()
+            loaded["apart"] = {name: sketches[drawn].find(sketches[name]) for name in others}
         if case.mask is not None:
             mask = torch.from_numpy(read_mask(case.mask)[0].astype(np.uint8))
             loaded["mask"] = MetaTensor(mask[None], affine=affine)
@@ -139,21 +151,24 @@ class LoadCase(Transform):
 
 
 class NormalizeForeground(Transform):
-    """Gives the tissue of each channel mean 0 and standard deviation 1; exact zeros stay zero, like padding.
+    """Gives the tissue of each channel mean 0 and standard deviation 1; what is no tissue becomes 0, like padding.
 
     Args:
+        tissue: the entry that says where each channel shows tissue, which is left out of the result; None finds the
+            tissue in the image as it is.
         looked: whether to add ``look``, what the images look like before; see `rsanet.segment.checks`.
     """
 
-    def __init__(self, looked: bool = False) -> None:
+    def __init__(self, tissue: str | None = None, looked: bool = False) -> None:
+        self.tissue = tissue
         self.looked = looked
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """Leaves every other entry as it is."""
         image = data["image"]
+        tissues = foreground(image) if self.tissue is None else data[self.tissue].as_tensor() > 0
         normalized = []
-        shown = foreground(image)
-        for channel, tissue in zip(image.as_tensor(), shown, strict=True):
+        for channel, tissue in zip(image.as_tensor(), tissues, strict=True):
             values = channel[tissue]
             if values.numel() == 0:
                 raise ValueError(
@@ -161,12 +176,12 @@ class NormalizeForeground(Transform):
                     "register one to the other, or repair the headers."
                 )
             deviation = values.std(correction=0).clamp_min(1e-6)
-            normalized.append(torch.where(channel == 0, 0.0, (channel - values.mean()) / deviation))
-        result = dict(data)
+            normalized.append(torch.where(tissue, (channel - values.mean()) / deviation, 0.0))
+        result = {key: value for key, value in data.items() if key != self.tissue}
         result["image"] = MetaTensor(torch.stack(normalized), meta=image.meta)
         result["image"].applied_operations = image.applied_operations
         if self.looked:
-            result["look"] = look(image.numpy(), shown.numpy(), image.affine.numpy())
+            result["look"] = look(image.numpy(), tissues.numpy(), image.affine.numpy())
         return result
 
 
@@ -178,17 +193,18 @@ def preprocessing(
     Args:
         spacing: voxel size in mm to resample to, or None to keep the images' own.
         checked: see `LoadCase`.
-        looked: whether to add ``look``; see `NormalizeForeground`.
+        looked: see `NormalizeForeground`.
     """
-    keys = ("image", "mask")
+    # The tissue goes along: on a grid of other voxels it might be seen otherwise.
+    keys = ("image", "tissue", "mask")
     steps: list[Transform] = [
         LoadCase(checked),
         Orientationd(keys, ORIENTATION, labels=None, allow_missing_keys=True),
     ]
     if spacing is not None:
-        steps.append(Spacingd(keys, tuple(spacing), mode=("bilinear", "nearest"), allow_missing_keys=True))
-    steps.append(CropForegroundd(keys, "image", select_fn=foreground, allow_missing_keys=True, allow_smaller=True))
-    steps.append(NormalizeForeground(looked))
+        steps.append(Spacingd(keys, tuple(spacing), mode=("bilinear", "nearest", "nearest"), allow_missing_keys=True))
+    steps.append(CropForegroundd(keys, "tissue", allow_missing_keys=True, allow_smaller=True))
+    steps.append(NormalizeForeground("tissue", looked))
     return Preparation(steps)
 
 

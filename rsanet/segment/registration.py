@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from rsanet.segment.cases import Case
 from rsanet.segment.checks import coarse
 from rsanet.segment.files import written_beside
-from rsanet.segment.volumes import DataWarning, name_of, read_head, stem
+from rsanet.segment.volumes import DataWarning, name_of, read_contrast, stem
 
 COARSE = 4.0  # mm; a sketch takes voxels together up to this size
 LEVELS = 24  # of intensity, each of as many voxels; beside them 0 for what is no head
@@ -192,11 +192,11 @@ def register(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     itk = check_registration()
     names = list(case.images)
-    fixed, grid, head = read_head(case.images[names[0]])
+    fixed, head, grid = read_contrast(case.images[names[0]])
     sketch = Sketch.of(fixed, head, grid.affine)
     images, matrices = dict(case.images), {}
     for name in names[1:]:
-        moving, image, shown = read_head(case.images[name])
+        moving, shown, image = read_contrast(case.images[name])
         other = Sketch.of(moving, shown, image.affine)
         centred = from_matvec(np.eye(3), other.middle() - sketch.middle())
         start = sketch.find(other, (np.eye(4), centred))

@@ -1,176 +1,193 @@
 """Where an image shows tissue: one rule for every scale, offset, storage type and kind of background.
 
-The background is looked for where a field of view ends. It has a level, and a width, which is 0 where the background
-is constant and that of the noise where it is air. Tissue is what stands out of it, without specks and without holes.
-Every step depends on shares of many voxels, so that single voxels change nothing.
+The background is looked for at the rims of the field of view. It has a level, and a width, which is 0 where the
+background is constant and that of the noise where it is air. Tissue is what stands out of it, without specks and
+without holes. Every step depends on shares of many voxels, so that single voxels change nothing.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
+LEAST_TISSUE = 0.001  # of the voxels of an image; the head in a generous field of view takes a tenth
+
 WIDTHS = 2.5  # of the background's own: what is farther from its level stands out
 DARKEST = 0.12  # of the typical tissue: what is nearer to the background's level is background
 BELOW = 0.3  # likewise, on its dark side: splines swing below it beside an edge, by a tenth of the edge
-NARROW = 0.4  # of the typical tissue: a background is not as wide
-NEAR = 0.2  # of the typical tissue: the air around a head is not farther from a padding beside it
-LEAST_TISSUE = 0.001  # of the voxels of an image; the head in a generous field of view takes a tenth
-SPIKE = 0.05  # of the voxels at the rims: one value that so many have is a constant background
+NARROW = 0.4  # of the typical tissue: air is not wider
+LEAST_OFFSET = 0.1  # of a region whose air is far from zero, or padded: less than that is no head
+LEAST_BELOW = 0.25  # of a region whose air is not above its padding
+NEAR = 0.2  # of the typical tissue: air is not farther above zero, or above the padding around it
+
+FEWEST = 8  # voxels at the rims: of fewer, nothing is said
+SPIKE = 0.05  # of the voxels at the rims: a value that so many have may be a constant background
 PIECE = 0.01  # of the largest piece of tissue: smaller ones are specks
+
+
+class _Background(NamedTuple):
+    """What the background may be.
+
+    Attributes:
+        level: the value in its middle.
+        width: its standard deviation.
+        share: of the voxels at the rims that belong to it.
+    """
+
+    level: float
+    width: float
+    share: float
 
 
 def tissue_mask(voxels: np.ndarray) -> np.ndarray:
     """Where an image ``(X, Y, Z)`` shows tissue, not background, as booleans; its finite voxels decide.
 
     Dark fluid, bone and single voxels of any value are tissue where tissue encloses them, and background where
-    background does. An image without a background is tissue everywhere. A change of scale or offset, mirrored or
+    background does. An image without a background is tissue everywhere. Another scale or offset, mirrored or
     permuted axes and a margin of background change nothing.
 
     Args:
         voxels: real numbers of any scale and sign; what is NaN or infinite is no tissue.
     """
     finite = np.isfinite(voxels)
-    voxels = np.where(finite, voxels, 0).astype(np.float32)
-    shown = _standing_out(voxels, finite)
+    shown = _standing_out(np.where(finite, voxels, 0).astype(np.float32), finite)
     if shown is None:
         return finite
-    return _filled(_without_specks(shown), finite)
+    return _filled(_without_specks(shown)) & finite
 
 
 def _standing_out(voxels: np.ndarray, region: np.ndarray) -> np.ndarray | None:
     """What stands out of the background in a part of an image; None where it has no background."""
-    found: np.ndarray | None = None
-    constant: float | None = None
+    shown: np.ndarray | None = None
+    padding: float | None = None
     for _ in range(3):  # a padding, a background that another program made constant, and air
-        rim = voxels[region & (_around(region, 2) <= 0.45 * 125)]
-        if rim.size < 20:
+        rim = voxels[_rims(region)]
+        if rim.size < FEWEST:
             break
-        value = _spike(rim)
-        flat = np.zeros(0)
-        if value is not None:
-            same = region & (voxels == value)
-            flat = same & (_around(_around(same, 1, edge=True) >= 14, 1) > 0)
-            if np.count_nonzero(flat) < 0.5 * np.count_nonzero(same):  # one of the values of noise in integers
-                value = None
-        level, width = (value, 0.0) if value is not None else _level(rim)
-        shown = _apart(voxels, region, level, width, constant)
-        if shown is None and (value is None or constant is not None):
-            break
-        found = shown if shown is not None else np.zeros_like(region)
+        value, flat = _constant(voxels, region, rim)
         if value is None:
+            air = (_apart(voxels, region, _air(rim, part), padding) for part in (2, 4))
+            return next((found for found in air if found is not None), shown)
+        found = _apart(voxels, region, _Background(value, 0.0, 1.0), padding)
+        if found is None:
             break
-        region, constant = region & ~flat, value
-    return found
+        shown, padding, region = found, value, region & ~flat
+    return shown
 
 
-def _spike(rim: np.ndarray) -> float | None:
-    """The value that many voxels have exactly."""
+def _rims(region: np.ndarray) -> np.ndarray:
+    """The edges and corners of a region, where less than half of what is around belongs to it."""
+    thin = sum(length < 3 for length in region.shape)  # a slice has no edges but its sides
+    return region & (_around(region, 2) <= (0.62 if thin else 0.45) * 125 / 5**thin)
+
+
+def _constant(voxels: np.ndarray, region: np.ndarray, rim: np.ndarray) -> tuple[float | None, np.ndarray]:
+    """The value of a constant background, and where it is; None where nothing at the rims is constant."""
     values, counts = np.unique(rim, return_counts=True)
     most = int(counts.argmax())
-    return float(values[most]) if counts[most] >= SPIKE * rim.size else None
+    same = region & (voxels == values[most])
+    flat = same & (_around(_around(same, 1, beyond=True) >= 14, 1) > 0)  # in the midst of its like, or beside
+    # Noise in integers has each of its values often, too, but not side by side.
+    constant = counts[most] >= SPIKE * rim.size and np.count_nonzero(flat) >= 0.5 * np.count_nonzero(same)
+    return float(values[most]) if constant else None, flat
 
 
-def _level(rim: np.ndarray) -> tuple[float, float]:
-    """Level and width (a standard deviation) of the population that at least half of the values belong to."""
+def _air(rim: np.ndarray, part: int) -> _Background:
+    """The air at the rims: what gathers around the ``1 / part`` of the values that are closest together."""
     values = np.sort(rim)
-    half = values.size // 2
-    start = int((values[half:] - values[: values.size - half]).argmin())
-    centre, width = np.median(values[start : start + half]), values[start + half] - values[start]
-    own = values[np.abs(values - centre) <= 3 * width]
-    level = np.median(own)
-    return float(level), float(1.4826 * np.median(np.abs(own - level)))
+    count = max(2, values.size // part)
+    spread = values[count - 1 :] - values[: values.size - count + 1]
+    start = int(spread.argmin())
+    own = values[np.abs(values - np.median(values[start : start + count])) <= 3 * spread[start]]
+    level = float(np.median(own))
+    return _Background(level, float(1.4826 * np.median(np.abs(own - level))), own.size / values.size)
 
 
-def _apart(
-    voxels: np.ndarray, region: np.ndarray, level: float, width: float, padding: float | None
-) -> np.ndarray | None:
-    """What stands out of a level that may be the background's; None where it is not.
+def _apart(voxels: np.ndarray, region: np.ndarray, background: _Background, padding: float | None) -> np.ndarray | None:
+    """What stands out of a background in a region of an image; None where that is no background.
 
     Args:
         voxels: the image.
-        region: the part of it to look at.
-        level: of the background, perhaps.
-        width: likewise.
+        region: the part to look at.
+        background: what the background may be.
         padding: the constant around the region, where there is one.
     """
+    level, width, share = background
     offset = np.where(region, voxels - np.float32(level), 0)
-    far = np.abs(offset[np.abs(offset) > max(3 * width, 0.0)])
+    far = np.abs(offset[np.abs(offset) > 3 * width])
     if far.size == 0:
+        return None if width or padding is not None else np.zeros_like(region)
+    typical = float(np.median(far[far > 0.05 * np.percentile(far, 99)]))
+    bright = offset > max(WIDTHS * width, DARKEST * typical)
+    dark = offset < -max(WIDTHS * width, BELOW * typical)
+    if padding is None and width == 0:
+        return bright | dark
+    # Air is narrow, and nothing is darker.
+    area, count = np.count_nonzero(region), np.count_nonzero(bright)
+    if WIDTHS * width > NARROW * typical or np.count_nonzero(dark) > 0.05 * count:
         return None
-    far = far[far > 0.05 * np.percentile(far, 99)]
-    typical = float(np.median(far))
-    above = max(WIDTHS * width, DARKEST * typical)
-    below = max(WIDTHS * width, BELOW * typical)
-    bright, dark = offset > above, offset < -below
-    if width > 0 or padding is not None:
-        voxels_in = np.count_nonzero(region)
-        count, darker = np.count_nonzero(bright), np.count_nonzero(dark)
-        if WIDTHS * width > NARROW * typical or darker > 0.05 * max(count, 1):
-            return None
-        if padding is None:
-            least = LEAST_TISSUE if abs(level) <= max(2.5 * width, NEAR * typical) else 0.05
-        else:
-            if level - padding > NEAR * typical:
-                return None
-            if padding - level > DARKEST * typical and count > 0.7 * voxels_in:
-                return None
-            least = 0.1
-        if count < least * voxels_in:
-            return None
-    return bright | dark
+    most = 1.0
+    if padding is None:
+        # What is far from zero may as well be tissue without a background, and the bright part of it a few lesions.
+        near = abs(level) <= max(WIDTHS * width, NEAR * typical)
+        least = LEAST_TISSUE if near else LEAST_OFFSET if share > 0.6 else 1.0
+    elif level > padding + NEAR * typical:  # the outer part of a brain
+        return None
+    elif level >= padding + width:
+        least = LEAST_OFFSET
+    else:  # likewise, of a brain whose values lie about the padding's
+        least, most = LEAST_BELOW, 0.7 if level < padding - DARKEST * typical else 1.0
+    return bright | dark if least * area <= count <= most * area else None
 
 
 def _without_specks(shown: np.ndarray) -> np.ndarray:
     """The pieces of tissue that are no specks; all of them where nothing else is."""
-    solid = shown & (_around(shown, 1, edge=True) >= 8)  # a corner has as many
-    labels, count = ndimage.label(solid)
+    labels, count = ndimage.label(shown & (_around(shown, 1, beyond=True) >= 8))  # a corner has as many
     if count == 0:
         return shown
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    return (sizes >= PIECE * sizes.max())[labels]
+    pieces = (sizes >= PIECE * sizes.max())[labels]
+    return shown & (_around(pieces, 1) > 0)
 
 
-def _filled(tissue: np.ndarray, finite: np.ndarray) -> np.ndarray:
+def _filled(tissue: np.ndarray) -> np.ndarray:
     """Tissue with what it encloses in space or in a plane of voxels."""
     if not tissue.any():
         return tissue
     box = ndimage.find_objects(tissue.astype(np.uint8))[0]
     inside = tissue[box]
-    holes = np.zeros_like(inside)
-    for plane in (None, 0, 1, 2):
-        axes = [axis for axis in range(3) if axis != plane]
+    filled = inside.copy()
+    for planes in (None, 0, 1, 2):
         links = ndimage.generate_binary_structure(3, 1)
-        if plane is not None:
-            links[tuple(slice(None) if axis != plane else [0, 2] for axis in range(3))] = False
-        # Around the box there is background, except along the axis across a plane.
-        padded = np.pad(~inside, [(1, 1) if axis in axes else (0, 0) for axis in range(3)], constant_values=True)
-        labels, count = ndimage.label(padded, links)
+        if planes is not None:
+            links[(slice(None),) * planes + ([0, 2],)] = False
+        # Around the box there is background.
+        margins = [(0, 0) if axis == planes else (1, 1) for axis in range(3)]
+        labels, count = ndimage.label(np.pad(~inside, margins, constant_values=True), links)
         open_ = np.zeros(count + 1, bool)
-        for axis in axes:
-            for end in (0, -1):
-                open_[np.unique(labels.take(end, axis))] = True
-        open_[0] = True
-        holes |= ~open_[labels][tuple(slice(1, -1) if axis in axes else slice(None) for axis in range(3))]
-    filled = tissue.copy()
-    filled[box] |= holes
-    return filled & finite
+        for axis in range(3):
+            if axis != planes:
+                open_[labels.take(0, axis)] = True
+        filled |= ~open_[labels][tuple(slice(before, -before or None) for before, _ in margins)]
+    result = tissue.copy()
+    result[box] = filled
+    return result
 
 
-def _around(mask: np.ndarray, reach: int, *, edge: bool = False) -> np.ndarray:
+def _around(mask: np.ndarray, reach: int, *, beyond: bool = False) -> np.ndarray:
     """How many voxels of a mask are in the cube around each voxel, itself included.
 
     Args:
         mask: (X, Y, Z) bool.
         reach: voxels from the middle of the cube to its faces.
-        edge: whether the mask goes on beyond the field of view as it ends there; else nothing is there.
+        beyond: whether the mask goes on beyond the field of view as it ends there; else nothing is there.
     """
     counts = mask.view(np.uint8)
     for axis in range(3):
-        length = counts.shape[axis]
-        padded = np.pad(
-            counts, [(reach, reach) if a == axis else (0, 0) for a in range(3)], mode="edge" if edge else "constant"
-        )
-        counts = sum(
-            padded[(slice(None),) * axis + (slice(step, step + length),)] for step in range(2 * reach + 1)
-        ).astype(np.uint8)
+        margins = [(reach, reach) if other == axis else (0, 0) for other in range(3)]
+        wide = np.pad(counts, margins, mode="edge" if beyond else "constant")
+        counts = np.zeros_like(counts)
+        for step in range(2 * reach + 1):
+            counts += wide[(slice(None),) * axis + (slice(step, step + counts.shape[axis]),)]
     return counts

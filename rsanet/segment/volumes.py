@@ -252,18 +252,20 @@ def _compare_forms(image: nib.Nifti1Image, name: str) -> None:
 
 
 def read_image(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """As `read_head`, without where the head is."""
-    return read_head(volume)[:2]
+    """As `read_contrast`, without the tissue."""
+    voxels, _, image = read_contrast(volume)
+    return voxels, image
 
 
-def read_head(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image, np.ndarray]:
+def read_contrast(volume: Volume) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Image]:
     """Reads a contrast, which must show a head. NaN and infinities outside the head become 0, with a `DataWarning`.
 
     They are outside where no tissue touches them. Where they cover the faces of the volume, NaN is the mark of the
     background, as in SPM, and they are outside unless tissue encloses them.
 
     Returns:
-        As `read_volume`, every voxel finite, and exactly 0 what is 0 but for rounding; and its `tissue_mask`.
+        The voxels as `read_volume` gives them, every one finite, and exactly 0 what is 0 but for rounding; where they
+        show tissue, as `tissue_mask`; and the image for its affine and header.
 
     Raises:
         ValueError: also where the image is the same everywhere, shows next to no tissue, or has voxels in the head
@@ -278,7 +280,7 @@ def read_head(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image, np.ndarray]:
         value = f"{known.flat[0]:g}" if known.size else "NaN or infinite"
         also = ", NaN or infinite" if count and known.size else ""
         raise ValueError(f"{name} is empty: every voxel is {value}{also}.")
-    voxels[np.abs(voxels) < ROUNDING * np.abs(known).max()] = 0  # a background is known by exact zeros
+    voxels[np.abs(voxels) < ROUNDING * np.abs(known).max()] = 0
     shown = tissue_mask(voxels)
     if np.count_nonzero(shown) < LEAST_TISSUE * shown.size:
         raise ValueError(
@@ -298,7 +300,7 @@ def read_head(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image, np.ndarray]:
             stacklevel=1,  # one place, so that it is told once, whoever reads the file again
         )
         voxels[bad] = 0
-    return voxels, image, shown
+    return voxels, shown, image
 
 
 def _in_head(bad: np.ndarray, shown: np.ndarray) -> bool:
