@@ -24,8 +24,8 @@ LEAST = 30  # voxels that a mean is taken of
 QUANTILES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
 # Of the darkest layer below the surface, the dark share: real heads have 0.29 to 0.81 in each contrast, stripped brains
 # up to 0.08.
-SKULL, STRIPPED = 0.2, 0.12
-BRIGHTER = 0.25  # of the brain's intensity: an outermost layer that much above every training image's is no brain's
+SKULL, STRIPPED = 0.15, 0.12
+EDGE = 0.2  # of the brain's intensity: where the outermost layers stand out so much more than in any training image
 MOST_ALIKE = 0.8  # of the training cases that are stripped, or are not, for a word on all of them
 # Another order of the contrasts is told of where it differs from the training images by less than CLEARLY of what the
 # given one does, by at least MARGIN less, and is near them at all.
@@ -120,12 +120,11 @@ def summary(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     whole = np.mean([shell > SKULL for shell in shells]) if shells else 0.5
     rims = np.array([each["rim"] for each in looks], float)  # None becomes NaN
     known = np.isfinite(rims)
-    highest = np.where(known.any(0), np.where(known, rims, -np.inf).max(0), np.nan)
     middle = np.where(known.any(0), np.where(known, rims, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
     return {
         "skull_stripped": True if stripped >= MOST_ALIKE else False if whole >= MOST_ALIKE else None,
         "rim": [_plain(row) for row in middle],
-        "rim_highest": [_plain(row) for row in highest],
+        "edge": _plain(np.fmax.reduce([edges(each) for each in looks])),
         "quantiles": [rounded(row) for row in np.mean([each["quantiles"] for each in looks], 0)],
         "alike": [rounded(row) for row in np.mean([each["alike"] for each in looks], 0)],
     }
@@ -133,13 +132,13 @@ def summary(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def is_summary(value: Any, contrasts: int) -> bool:
     """Whether a value from a file can be what `summary` makes of so many contrasts."""
-    lengths = {"rim": BINS, "rim_highest": BINS, "quantiles": len(QUANTILES), "alike": contrasts}
+    lengths = {"rim": BINS, "quantiles": len(QUANTILES), "alike": contrasts}
     try:
         arrays = {name: np.array(value[name], float) for name in lengths}
-        stripped = value["skull_stripped"]
+        edge, stripped = np.array(value["edge"], float), value["skull_stripped"]
     except (KeyError, TypeError, ValueError):
         return False
-    return stripped in (True, False, None) and all(
+    return stripped in (True, False, None) and edge.shape == (contrasts,) and all(
         array.shape == (contrasts, lengths[name]) and not np.isinf(array).any() for name, array in arrays.items()
     )
 
@@ -178,7 +177,7 @@ def doubts(found: Mapping[str, Any], trained: Mapping[str, Any], contrasts: Sequ
     shell = shell_of(found)
     if shell is None:
         return
-    if trained["skull_stripped"] is True and (shell > SKULL or brighter(found, trained, order) > BRIGHTER):
+    if trained["skull_stripped"] is True and (shell > SKULL or stands_out(found, trained, order) > EDGE):
         yield (
             f"the images show a head with its skull, but {model} was trained on skull-stripped images, and may mark "
             "scalp and bone: extract the brain first, for example with HD-BET or SynthStrip, or take a model for whole "
@@ -227,10 +226,21 @@ def difference(found: Mapping[str, Any], trained: Mapping[str, Any], order: Sequ
     return total
 
 
-def brighter(found: Mapping[str, Any], trained: Mapping[str, Any], order: Sequence[int]) -> float:
-    """By how much the two outermost layers are brighter than in any training image, over the contrasts."""
-    layers = (np.array(found["rim"], float)[list(order)] - np.array(trained["rim_highest"], float))[:, :2]
-    return float(np.nanmean(layers)) if np.isfinite(layers).any() else 0.0
+def edges(found: Mapping[str, Any]) -> np.ndarray:
+    """By how much the two outermost layers of each contrast are brighter than the next two; NaN where none tells."""
+    rim = np.array(found["rim"], float)
+    known = np.isfinite(rim)
+    outer, inner = (
+        np.where(known, rim, 0)[:, part].sum(1) / np.where(known[:, part].any(1), known[:, part].sum(1), np.nan)
+        for part in (slice(0, 2), slice(2, 4))
+    )
+    return outer - inner
+
+
+def stands_out(found: Mapping[str, Any], trained: Mapping[str, Any], order: Sequence[int]) -> float:
+    """By how much the outermost layers stand out more than in any training image, over the contrasts."""
+    more = edges(found)[list(order)] - np.array(trained["edge"], float)
+    return float(np.nanmean(more)) if np.isfinite(more).any() else 0.0
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
