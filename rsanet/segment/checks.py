@@ -19,6 +19,7 @@ BIN = 0.04  # of the way from the surface to the middle; about 2 mm in an adult
 BINS = 10  # scalp, skull and the fluid beneath are in these
 INNER = 0.4  # of the way; deeper than this, all is brain
 DARK = 0.35  # of the brain's intensity
+STANDS_OUT = 0.1  # of the brain's intensity, by which scalp is brighter than what is below it
 CLOSED = 0.08  # of a head's radius; gaps of the tissue up to twice as wide are inside
 LEAST = 30  # voxels that a mean is taken of
 QUANTILES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
@@ -104,7 +105,10 @@ def rim_of(voxels: np.ndarray, tissue: np.ndarray, size: Sequence[float]) -> tup
     relative = (voxels - air) / brain
     layers = [relative[head & (share > BIN * number) & (share <= BIN * (number + 1))] for number in range(BINS)]
     rim = [float(layer.mean()) if layer.size >= LEAST else None for layer in layers]
-    dark = [float((layer < DARK).mean()) for layer in layers[2:6] if layer.size >= LEAST]
+    # Fluid at the surface of a brain is dark, too, but not as deep, and nothing bright is around it.
+    known = [value for value in rim[:2] if value is not None]
+    under = rim[2] is not None and bool(known) and rim[2] < max(known) - STANDS_OUT
+    dark = [float((layer < DARK).mean()) for layer in layers[2 if under else 3 : 6] if layer.size >= LEAST]
     return (round(max(dark), 4) if dark else None), [None if value is None else round(value, 4) for value in rim]
 
 
@@ -138,8 +142,12 @@ def is_summary(value: Any, contrasts: int) -> bool:
         edge, stripped = np.array(value["edge"], float), value["skull_stripped"]
     except (KeyError, TypeError, ValueError):
         return False
-    return stripped in (True, False, None) and edge.shape == (contrasts,) and all(
-        array.shape == (contrasts, lengths[name]) and not np.isinf(array).any() for name, array in arrays.items()
+    return (
+        stripped in (True, False, None)
+        and edge.shape == (contrasts,)
+        and all(
+            array.shape == (contrasts, lengths[name]) and not np.isinf(array).any() for name, array in arrays.items()
+        )
     )
 
 

@@ -34,6 +34,7 @@ APART = 0.06  # of the head's radius; 5 mm in an adult, where sessions of real s
 LEAST_OVERLAP = 0.9  # of the heads; aligned ones of one session have 0.95 and more
 FINE = 3.0  # mm of the grid that images are registered on
 BINS, ITERATIONS = 32, 200
+LONGEST_STEP, SHORTEST_STEP, RELAXATION = 4.0, 1e-4, 0.7  # mm; smaller or fewer ones stop a millimetre short
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # between the worlds of NIfTI and ITK
 
@@ -237,7 +238,7 @@ def _refined(
     method.SetMetricSamplingStrategy(method.NONE)
     method.SetMetricFixedMask(around)
     method.SetInterpolator(itk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, ITERATIONS, 0.5)
+    method.SetOptimizerAsRegularStepGradientDescent(LONGEST_STEP, SHORTEST_STEP, ITERATIONS, RELAXATION)
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetShrinkFactorsPerLevel([2, 1])
     method.SetSmoothingSigmasPerLevel([FINE, 0.0])

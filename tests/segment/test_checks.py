@@ -44,7 +44,7 @@ def plain(skull=False):
 
 
 def changed(images, change):
-    return {name: nib.Nifti1Image(change(image.get_fdata(dtype=np.float32)), image.affine)
+    return {name: nib.Nifti1Image(change(image.get_fdata(dtype=np.float32).copy()), image.affine)
             for name, image in images.items()}  # fmt: skip
 
 

@@ -65,11 +65,11 @@ def test_thick_slices_of_another_field_of_view_are_compared_where_both_are():
 
 
 @pytest.mark.parametrize("degrees", [(0, 0, 0), (0, 0, 10)])
-@pytest.mark.parametrize("shift", [3, 8, 14])
+@pytest.mark.parametrize("shift", [5, 8, 14])
 def test_how_far_apart_they_lie_is_known_to_a_few_mm(shift, degrees):
     move = rigid(degrees, (0, shift, 0))
     found = sketch(flair()).find(sketch(head("T1w", 9, moved=move)[0]))
-    assert found.is_apart() == (shift > 5 or any(degrees))
+    assert found.is_apart()
     if not any(degrees):
         assert abs(found.apart - shift) < 4
         assert found.overlap < 1 - shift / 100
