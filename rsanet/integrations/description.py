@@ -57,7 +57,7 @@ def describe(model: str | Path) -> Described:
         "spacing": list(segmenter.spacing) if segmenter.spacing else None,
         "voxel_size": list(segmenter.voxel_size) if segmenter.voxel_size else None,
         "orientation": ORIENTATION,
-        "intensities": "tissue of each channel at mean 0 and standard deviation 1, background 0",
+        "intensities": "tissue of each channel at mean 0 and standard deviation 1, what is no tissue 0",
         "use": "research only",
         "network": network.config,
         "model": path.name,

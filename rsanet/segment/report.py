@@ -4,6 +4,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import numpy as np
 from scipy import ndimage
 
 from rsanet.segment import files
+from rsanet.segment.html.pictures import grey_range
 from rsanet.segment.metrics import PROTOCOLS, CaseMetrics, Protocol, evaluate_case
-from rsanet.segment.volumes import MaskSource, read_image, read_mask, same_grid
+from rsanet.segment.volumes import MaskSource, read_image, read_mask, same_grid, tissue_mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,6 +124,16 @@ class View:
         volume = np.asarray(canonical.dataobj, dtype=np.float32)
         return cls(name, np.nan_to_num(volume), *seen, spacing, canonical.affine[:3, 3], numbers)
 
+    @cached_property
+    def tissue(self) -> Array:
+        """(X, Y, Z) bool, where the image shows the head."""
+        return tissue_mask(self.flair)
+
+    @cached_property
+    def greys(self) -> tuple[float, float]:
+        """What is drawn black and what white."""
+        return grey_range(self.flair[self.tissue], self.flair[~self.tissue])
+
     def lesions(self) -> Array:
         """Voxels of either mask."""
         seen = [mask for mask in (self.reference, self.prediction) if mask is not None]
@@ -131,7 +143,7 @@ class View:
         """The axial slices with the most lesion, at least 10 mm apart, from superior to inferior."""
         area = self.lesions().sum((0, 1)).astype(float)
         if not area.any():
-            area = (self.flair > 0).sum((0, 1)).astype(float)
+            area = self.tissue.sum((0, 1)).astype(float)
         apart = max(1, round(10 / float(self.spacing[2])))
         chosen: list[int] = []
         while len(chosen) < count and area.max() > 0:
@@ -371,8 +383,9 @@ def _checked_maps(
 
 
 def _crop(view: View, index: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Extent of the head in a slice, in mm along x and y from the first voxel's edge, with a margin."""
-    head = view.flair[:, :, index] > 0.1 * np.percentile(view.flair, 99.5)
+    """Extent of what is seen in a slice, in mm along x and y from the first voxel's edge, with a margin."""
+    black, white = view.greys
+    head = view.flair[:, :, index] > black + 0.1 * (white - black)
     spans = []
     for axis in (0, 1):
         inside = np.flatnonzero(head.any(axis=1 - axis))
@@ -418,16 +431,15 @@ def _centred(
 def _draw_slice(axes: "Axes", view: View, index: int, what: str, limits: tuple[float, float, float, float]) -> None:
     """One axial slice in mm, so that voxels have their true shape; the patient's right is on the left."""
     extent = (0, view.flair.shape[0] * view.spacing[0], 0, view.flair.shape[1] * view.spacing[1])
-    tissue = view.flair[view.flair > 0]
-    brightest = float(np.percentile(tissue, 99.9)) if tissue.size else 1.0
+    black, white = view.greys
     axes.set_facecolor("black")
     axes.imshow(
         view.flair[:, :, index].T,
         origin="lower",
         extent=extent,
         cmap="gray",
-        vmin=0,
-        vmax=brightest,
+        vmin=black,
+        vmax=white,
         interpolation="bicubic",
     )
     nothing = np.zeros(view.flair.shape[:2], bool)

@@ -15,9 +15,11 @@ LEAST_TISSUE = 0.001  # of the voxels of an image; the head in a generous field 
 WIDTHS = 2.5  # of the background's own: what is farther from its level stands out
 DARKEST = 0.12  # of the typical tissue: what is nearer to the background's level is background
 BELOW = 0.3  # likewise, on its dark side: splines swing below it beside an edge, by a tenth of the edge
-NARROW = 0.4  # of the typical tissue: air is not wider
+ABOUT = 0.05  # likewise, on both sides, where tissue is on both sides
+NARROW = 0.3  # of the typical tissue: air is not wider
 LEAST_OFFSET = 0.1  # of a region whose air is far from zero, or padded: less than that is no head
-LEAST_BELOW = 0.25  # of a region whose air is not above its padding
+SHARES_TURNED = 0.25, 0.7  # of a padded region that may be a brain: less is lesions, more is its inner part
+FULL = 0.62  # of the box around it: a padded field of view fills more, a brain less
 NEAR = 0.2  # of the typical tissue: air is not farther above zero, or above the padding around it
 
 FEWEST = 8  # voxels at the rims: of fewer, nothing is said
@@ -50,14 +52,22 @@ def tissue_mask(voxels: np.ndarray) -> np.ndarray:
         voxels: real numbers of any scale and sign; what is NaN or infinite is no tissue.
     """
     finite = np.isfinite(voxels)
-    shown = _standing_out(np.where(finite, voxels, 0).astype(np.float32), finite)
+    shown, dim = _standing_out(np.where(finite, voxels, 0).astype(np.float32), finite)
     if shown is None:
         return finite
-    return _filled(_without_specks(shown)) & finite
+    tissue = _filled(_without_specks(shown))
+    if dim is not None:
+        near = _around(tissue, 1) > 0
+        tissue = _filled(tissue | (dim & (_around(near, 1, beyond=True) == 27)))
+    return tissue & finite
 
 
-def _standing_out(voxels: np.ndarray, region: np.ndarray) -> np.ndarray | None:
-    """What stands out of the background in a part of an image; None where it has no background."""
+def _standing_out(voxels: np.ndarray, region: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What stands out of the background in a part of an image, and what does not but is no background by its value.
+
+    Where there is no background, the first is None; where the background has no value of its own, the second is: what
+    is as dark as air may be air. Beside a constant it is fluid where tissue is on both sides, and else of an edge.
+    """
     shown: np.ndarray | None = None
     padding: float | None = None
     for _ in range(3):  # a padding, a background that another program made constant, and air
@@ -66,13 +76,17 @@ def _standing_out(voxels: np.ndarray, region: np.ndarray) -> np.ndarray | None:
             break
         value, flat = _constant(voxels, region, rim)
         if value is None:
-            air = (_apart(voxels, region, _air(rim, part), padding) for part in (2, 4))
-            return next((found for found in air if found is not None), shown)
+            # Where a view is cut close, most of its rims may be tissue.
+            air = (_apart(voxels, region, _air(rim, part), padding) for part in ((2, 4) if padding is None else (2,)))
+            found = next((found for found in air if found is not None), None)
+            if found is not None:
+                return found, None
+            break
         found = _apart(voxels, region, _Background(value, 0.0, 1.0), padding)
         if found is None:
             break
         shown, padding, region = found, value, region & ~flat
-    return shown
+    return shown, None if shown is None else region
 
 
 def _rims(region: np.ndarray) -> np.ndarray:
@@ -114,30 +128,37 @@ def _apart(voxels: np.ndarray, region: np.ndarray, background: _Background, padd
     """
     level, width, share = background
     offset = np.where(region, voxels - np.float32(level), 0)
-    far = np.abs(offset[np.abs(offset) > 3 * width])
+    far = np.abs(offset[np.abs(offset) > 4 * width])
     if far.size == 0:
         return None if width or padding is not None else np.zeros_like(region)
     typical = float(np.median(far[far > 0.05 * np.percentile(far, 99)]))
     bright = offset > max(WIDTHS * width, DARKEST * typical)
     dark = offset < -max(WIDTHS * width, BELOW * typical)
     if padding is None and width == 0:
-        return bright | dark
+        # Values of a brain may lie about the constant: then hardly any is as near to it as the background.
+        about = np.count_nonzero(dark) > 0.05 * np.count_nonzero(bright)
+        return np.abs(offset) > ABOUT * typical if about else bright | dark
     # Air is narrow, and nothing is darker.
     area, count = np.count_nonzero(region), np.count_nonzero(bright)
     if WIDTHS * width > NARROW * typical or np.count_nonzero(dark) > 0.05 * count:
         return None
-    most = 1.0
     if padding is None:
         # What is far from zero may as well be tissue without a background, and the bright part of it a few lesions.
         near = abs(level) <= max(WIDTHS * width, NEAR * typical)
-        least = LEAST_TISSUE if near else LEAST_OFFSET if share > 0.6 else 1.0
+        least, most = (LEAST_TISSUE if near else LEAST_OFFSET if share > 0.6 else 1.0), 1.0
     elif level > padding + NEAR * typical:  # the outer part of a brain
         return None
-    elif level >= padding + width:
-        least = LEAST_OFFSET
-    else:  # likewise, of a brain whose values lie about the padding's
-        least, most = LEAST_BELOW, 0.7 if level < padding - DARKEST * typical else 1.0
+    elif area > FULL * _box_of(region):
+        least, most = LEAST_OFFSET, 1.0
+    else:  # a turned field of view, or a brain
+        least, most = SHARES_TURNED
     return bright | dark if least * area <= count <= most * area else None
+
+
+def _box_of(region: np.ndarray) -> int:
+    """How many voxels the box around a region has; specks of it do not widen the box."""
+    boxes = ndimage.find_objects((_around(region, 1) >= 14).view(np.uint8))
+    return region[boxes[0]].size if boxes else region.size
 
 
 def _without_specks(shown: np.ndarray) -> np.ndarray:
@@ -152,27 +173,36 @@ def _without_specks(shown: np.ndarray) -> np.ndarray:
 
 
 def _filled(tissue: np.ndarray) -> np.ndarray:
-    """Tissue with what it encloses in space or in a plane of voxels."""
-    if not tissue.any():
-        return tissue
-    box = ndimage.find_objects(tissue.astype(np.uint8))[0]
-    inside = tissue[box]
-    filled = inside.copy()
-    for planes in (None, 0, 1, 2):
+    """Tissue with what it encloses in space, or in planes across two of the axes.
+
+    A hole that reaches a face of the field of view is closed where it is one within that face. The sinuses are open in
+    space, through the nose; a groove between two lobes of a brain is enclosed in the planes across one axis at most.
+    """
+    labels, count = ndimage.label(~tissue)
+    open_ = np.zeros(count + 1, bool)
+    for axis in range(3):
+        for end in (0, -1):
+            face = labels.take(end, axis)
+            parts, _ = ndimage.label(face)
+            outer = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
+            open_[face[np.isin(parts, outer[outer > 0])]] = True
+    filled = ~open_[labels]
+    if not filled.any():
+        return filled
+    box = ndimage.find_objects(filled.view(np.uint8))[0]
+    inside = filled[box]
+    times = np.zeros(inside.shape, np.uint8)
+    for across in range(3):
         links = ndimage.generate_binary_structure(3, 1)
-        if planes is not None:
-            links[(slice(None),) * planes + ([0, 2],)] = False
-        # Around the box there is background.
-        margins = [(0, 0) if axis == planes else (1, 1) for axis in range(3)]
+        links[(slice(None),) * across + ([0, 2],)] = False
+        margins = [(0, 0) if axis == across else (1, 1) for axis in range(3)]  # of background
         labels, count = ndimage.label(np.pad(~inside, margins, constant_values=True), links)
-        open_ = np.zeros(count + 1, bool)
-        for axis in range(3):
-            if axis != planes:
-                open_[labels.take(0, axis)] = True
-        filled |= ~open_[labels][tuple(slice(before, -before or None) for before, _ in margins)]
-    result = tissue.copy()
-    result[box] = filled
-    return result
+        enclosed = np.ones(count + 1, bool)
+        for axis in {0, 1, 2} - {across}:
+            enclosed[labels.take(0, axis)] = False
+        times += enclosed[labels][tuple(slice(before, -before or None) for before, _ in margins)]
+    filled[box] = times >= 2  # of tissue, which has the label 0, all three
+    return filled
 
 
 def _around(mask: np.ndarray, reach: int, *, beyond: bool = False) -> np.ndarray:

@@ -30,6 +30,60 @@ def test_noise_in_air_is_no_tissue():
     assert torch.equal(foreground(image)[0], image[0] > 400)
 
 
+def test_exact_zeros_within_the_tissue_are_normalized_like_their_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.zeros(1, 20, 20, 20)
+    image[:, 4:16, 4:16, 4:16] = 300 + 40 * torch.randn(1, 12, 12, 12, generator=generator)
+    image[:, 9, 9, 7:12] = 0
+    image[:, 11, 8, 8] = -6
+    result = normalized(image)
+    assert (result[:, 9, 9, 7:12] < -3).all()
+    assert result[0, 11, 8, 8] == result.min()
+    assert (result[:, :4] == 0).all()
+
+
+@pytest.mark.parametrize("poke", ["clean", "one negative voxel", "integers", "splines"])
+def test_noise_in_air_becomes_zero_and_leaves_the_head_as_it_is(phantoms, poke):
+    images, _ = phantoms.make_subject(3)
+    head = images["T1w"] != 0
+    rng = np.random.default_rng(0)
+    noise = [3 * rng.standard_normal(head.shape) for _ in range(2)]
+    noisy = np.where(head, images["T1w"], np.hypot(*noise))
+    if poke == "one negative voxel":
+        noisy[0, 0, 0] = -0.5
+    elif poke == "integers":
+        noisy = np.round(noisy)
+    elif poke == "splines":
+        noisy[~head] -= 3
+    clean, result = (
+        normalized(torch.from_numpy(i.astype(np.float32))[None])[0].numpy() for i in (images["T1w"], noisy)
+    )
+    assert np.count_nonzero((result != 0) != head) < 0.02 * head.sum()
+    assert np.abs(result - clean)[head & (result != 0)].max() < 0.2
+
+
+@pytest.mark.parametrize("background", [-1024, 100])
+def test_the_tissue_of_a_contrast_does_not_depend_on_the_grid_it_is_brought_to(tmp_path, phantoms, background):
+    images, _ = phantoms.make_subject(5)
+    turned = nib.affines.from_matvec(np.eye(3), [3, 0, 0])  # its first slices lie outside the other
+    for name in ("FLAIR", "T1w"):
+        images[name] = images[name] + background  # zeros that a resampling pads with would be as bright as tissue
+    first = phantoms.save(tmp_path / "f.nii.gz", images["FLAIR"])
+    other = phantoms.save(tmp_path / "t.nii.gz", images["T1w"], turned)
+    loaded = LoadCase()(Case("x", {"FLAIR": first, "T1w": other}))
+    tissue = loaded["tissue"].numpy() > 0
+    head = images["FLAIR"] != background
+    assert np.array_equal(tissue[0], head)
+    assert np.array_equal(tissue[1, 3:], head[:-3])
+    assert not tissue[1, :3].any()
+    for spacing in (None, (1.5, 1.5, 1.5)):
+        data = preprocessing(spacing)(Case("x", {"FLAIR": first, "T1w": other}))
+        assert "tissue" not in data
+        for channel in data["image"].as_tensor():
+            assert (channel == 0).float().mean() > 0.3  # the corners of the box around the heads
+            assert channel[channel != 0].mean().abs() < 1e-3
+
+
 def test_channels_are_normalized_each_on_its_own():
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 8, 8, 8, generator=generator) + 1

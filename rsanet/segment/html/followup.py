@@ -226,7 +226,8 @@ def _draw_pairs(
     if not chosen:
         return []
     image = _resampled(before, now)
-    frame_before = replace(frame, white=Frame.around(before.image, before.spacing).white)
+    own = Frame.around(before.image, before.spacing)
+    frame_before = replace(frame, white=own.white, black=own.black)
     fate_before = {name: change.fate for change in changes for name in change.before}
     left = [
         (f"P{lesion.id}", fate_before.get(lesion.id, "stable"), _carried(lesion.voxels, carry, now.prediction.shape))

@@ -7,9 +7,10 @@ import numpy as np
 from scipy import ndimage
 
 from rsanet.segment.html.lesions import Lesion
-from rsanet.segment.html.pictures import PLANES, Frame, Outline, Picture, Plane, coloured, head_mask, jpeg
+from rsanet.segment.html.pictures import PLANES, Frame, Outline, Picture, Plane, coloured, jpeg
 from rsanet.segment.html.regions import is_stripped
 from rsanet.segment.html.scan import Scan
+from rsanet.segment.volumes import tissue_mask
 from rsanet.segment.words import counted
 
 Array = np.ndarray
@@ -129,13 +130,14 @@ def draw_projections(scan: Scan, lesions: Sequence[Lesion], frame: Frame) -> lis
 
 def _without_scalp(image: Array, spacing: Array) -> Array:
     """The image of a whole head without what lies near its surface, which a projection would show alone."""
-    if is_stripped(image):
+    head = tissue_mask(image)
+    if is_stripped(image, head, spacing):
         return image
     steps = np.maximum(1, np.round(COARSE_MM / spacing)).astype(int)
-    head = ndimage.binary_fill_holes(head_mask(image)[tuple(slice(None, None, step) for step in steps)])
-    deep = ndimage.distance_transform_edt(np.pad(head, 1), spacing * steps)[1:-1, 1:-1, 1:-1] > SCALP_MM
+    coarse = np.pad(head[tuple(slice(None, None, step) for step in steps)], 1)
+    deep = ndimage.distance_transform_edt(coarse, spacing * steps)[1:-1, 1:-1, 1:-1] > SCALP_MM
     fine = np.kron(deep, np.ones(steps, bool))[tuple(slice(n) for n in image.shape)]
-    return np.where(fine, image, 0)
+    return np.where(fine, image, image.min())
 
 
 def _project(

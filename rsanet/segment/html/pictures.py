@@ -95,11 +95,13 @@ class Frame:
         box: (3, 2) first voxel and the one after the last, along each axis.
         spacing: (3,) voxel size in mm.
         white: value that is drawn white.
+        black: value that is drawn black.
     """
 
     box: Array
     spacing: Array
     white: float
+    black: float = 0.0
 
     @classmethod
     def around(cls, image: Array, spacing: Array, lesions: Iterable[Array] = ()) -> "Frame":
@@ -110,7 +112,7 @@ class Frame:
             spacing: voxel size in mm.
             lesions: voxels (N, 3) of each.
         """
-        tissue = head_mask(image)
+        tissue = tissue_mask(image)
         box = []
         for axis in range(3):
             # A few noisy voxels of air do not widen the head.
@@ -125,8 +127,8 @@ class Frame:
         # Beneath the scalp, whose fat is brighter than any brain.
         inner = tuple(slice(low + (high - low) // 6, high - (high - low) // 6) for low, high in box)
         values = image[inner][tissue[inner]]
-        white = float(np.percentile(values, BRIGHTEST)) if values.size else 1.0
-        return cls(np.array(box), np.asarray(spacing, float), white if white > 0 else 1.0)
+        black, white = grey_range(values, image[~tissue])
+        return cls(np.array(box), np.asarray(spacing, float), white, black)
 
     def extent(self, plane: Plane) -> tuple[float, float]:
         """Width and height of a picture in mm."""
@@ -140,7 +142,7 @@ class Frame:
 
     def grey(self, flat: Array, plane: Plane) -> str:
         """Data URI of a slice (across, up) of the image."""
-        shown = np.clip(self.cut(flat, plane) / self.white, 0, 1)
+        shown = np.clip((self.cut(flat, plane) - self.black) / (self.white - self.black), 0, 1)
         return jpeg((255 * shown).astype(np.uint8), self.extent(plane))
 
     def outline(self, voxels: Array, plane: Plane) -> str:
@@ -155,12 +157,13 @@ class Frame:
         return "".join(parts)
 
 
-def head_mask(image: Array) -> Array:
-    """Where an image (X, Y, Z) shows the head, and not air with a little noise in it."""
-    tissue = tissue_mask(image)
-    if image.min() >= 0 and tissue.any():
-        tissue &= image > 0.1 * np.percentile(image[tissue][::7], 99)
-    return tissue
+def grey_range(tissue: Array, background: Array) -> tuple[float, float]:
+    """What is drawn black and what white, of the values of tissue and background: every scale and offset is shown."""
+    if not tissue.size:
+        return 0.0, 1.0
+    darkest, white = np.percentile(tissue, (1, BRIGHTEST))
+    black = min(np.median(background), darkest) if background.size else darkest
+    return float(black), float(white if white > black else black + 1)
 
 
 def edges(u: Array, v: Array) -> list[Array]:

@@ -23,6 +23,8 @@ REGIONS = ("periventricular", "juxtacortical", "deep white matter", "infratentor
 # heights are measured from the top in these units, too.
 WIDTH_MM, LENGTH_MM = 140.0, 175.0
 SIZES_MM = ((100, 180), (125, 215), (95, 190))  # of a brain's box along x, y and z; another is not a whole brain
+LARGEST_BRAIN_ML = 2000.0  # with its fluid; a head is larger
+CONSTANT = 0.9  # of what is no tissue, in a background that a program made; splines change the rest
 TOUCHING = 0.1  # of a face of the scan's box covered by brain: the brain is cut off there
 
 DARK = {"FLAIR": 0.55, "T1w": 0.62}  # of the median tissue: what is darker is fluid
@@ -57,9 +59,18 @@ class Regions:
     ventricles: Array | None = None
 
 
-def is_stripped(image: Array) -> bool:
-    """Whether an image shows nothing but a brain: a background of exact zeros is around it."""
-    return bool(np.count_nonzero(image == 0) > 0.2 * image.size)
+def is_stripped(image: Array, tissue: Array, spacing: Array) -> bool:
+    """Whether an image shows nothing but a brain: of the size of one, in a background that is constant.
+
+    Args:
+        image: (X, Y, Z).
+        tissue: (X, Y, Z) bool, as `tissue_mask` finds it.
+        spacing: voxel size in mm.
+    """
+    around = image[~tissue]
+    if not around.size or np.count_nonzero(tissue) * np.prod(spacing) > LARGEST_BRAIN_ML * 1000:
+        return False
+    return bool(np.count_nonzero(around == np.median(around)) > CONSTANT * around.size)
 
 
 def tell_regions(images: Mapping[str, Array], affine: Array, lesions: Sequence[Array]) -> Regions:
@@ -78,13 +89,14 @@ def tell_regions(images: Mapping[str, Array], affine: Array, lesions: Sequence[A
         return Regions(nowhere, "Regions are told from a FLAIR or a T1w image, and there is neither.")
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
     image = next(iter(known.values()))
-    if not is_stripped(image):
+    tissue = tissue_mask(image)
+    if not is_stripped(image, tissue, spacing):
         return Regions(
             nowhere,
-            "Regions are told on skull-stripped images alone, whose background is 0: around the brain of this one "
-            "there is more.",
+            "Regions are told on skull-stripped images alone, whose background is constant: around the brain of this "
+            "one there is more.",
         )
-    brain = _brain(image)
+    brain = _brain(tissue)
     box = ndimage.find_objects(brain.astype(np.uint8))[0]
     lengths = np.array(brain[box].shape) * spacing
     if reason := _whole(brain, lengths):
@@ -193,11 +205,10 @@ class _Tissue:
         return float(cortex[shell].mean()) if shell.any() else 0.0
 
 
-def _brain(image: Array) -> Array:
-    """The brain with its fluid, of a skull-stripped image: the largest component, its holes filled."""
-    labels, count = ndimage.label(tissue_mask(image))
-    brain = labels == np.bincount(labels.ravel())[1:].argmax() + 1 if count > 1 else labels > 0
-    return ndimage.binary_fill_holes(brain)
+def _brain(tissue: Array) -> Array:
+    """The brain with its fluid, of the tissue of a skull-stripped image: the largest component."""
+    labels, count = ndimage.label(tissue)
+    return labels == np.bincount(labels.ravel())[1:].argmax() + 1 if count > 1 else labels > 0
 
 
 def _whole(brain: Array, lengths: Array) -> str:
