@@ -34,6 +34,13 @@ def predict(
     preview: Annotated[
         bool, typer.Option("--preview", help="Draw the slices with the most lesion beside each mask, as .png.")
     ] = False,
+    register: Annotated[
+        bool,
+        typer.Option(
+            "--register",
+            help="Register each further contrast to the first, rigidly, and write the transform beside the mask.",
+        ),
+    ] = False,
     flips: Annotated[
         bool, typer.Option("--flips", help="Average over the eight mirror images; takes eight times as long.")
     ] = False,
@@ -64,6 +71,7 @@ def predict(
         "min_lesion_mm3": min_lesion_mm3,
         "probability_map": probability_map,
         "preview": preview,
+        "register": register,
         "overwrite": overwrite,
     }
     inference = {"roi": roi, "device": device, "precision": precision, "flips": flips, "whole_brain": whole_brain}
@@ -106,6 +114,9 @@ def predict(
         raise
     if not is_first():
         raise typer.Exit(1 if failures else 0)
+    if doubtful := [row.case for row in rows if row.warnings]:
+        some = ", ".join(doubtful[:3]) + (", ..." if len(doubtful) > 3 else "")
+        typer.echo(f"{len(doubtful)} of {counted(len(rows), 'mask')} came with warnings ({some}): see predictions.csv.")
     if failures:
         others = f" The other masks are in {out}." if rows else ""
         total = counted(len(failures) + len(rows), "case")

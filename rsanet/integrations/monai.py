@@ -41,7 +41,7 @@ def list_images(data: str | os.PathLike, contrasts: Sequence[str]) -> list[dict[
 
 
 class LoadContrasts(Transform):
-    """Reads the files under ``image`` into one volume ``(C, ...)`` on the grid of the first, and ``tissue`` beside it.
+    """Reads the files under ``image`` into one volume ``(C, ...)`` on the grid of the first; ``head`` is where it is.
 
     Args:
         contrasts: what the files are, in channel order; for messages.
@@ -54,7 +54,8 @@ class LoadContrasts(Transform):
         """Takes ``image`` and, where there is one, the name ``case``, by which a mask is named later."""
         case = name_images(self.contrasts, data["image"])
         name = data.get("case") or stem(Path(case.id))
-        loaded = LoadCase()(Case(name, case.images))
+        loaded = LoadCase(checked=True)(Case(name, case.images))
+        del loaded["apart"]  # for `rsanet predict`, which tells of it
         loaded["image"].meta["filename_or_obj"] = f"{name}.nii.gz"
         return {**data, **loaded}
 
@@ -86,7 +87,7 @@ class LesionInferer(Inferer):
 
 
 class LesionMask(Transform):
-    """Makes the mask of the probability under ``pred``, after it is back in the space of the images.
+    """Makes the mask of the probability under ``pred``, after it is back in the space of the images; none is in air.
 
     Args:
         threshold: probability above which a voxel is lesion.
@@ -100,5 +101,6 @@ class LesionMask(Transform):
         """Leaves every other entry as it is."""
         probability = data["pred"]
         voxel_mm3 = voxel_volume(np.asarray(probability.affine.cpu()))
-        mask, _ = lesion_mask(np.asarray(probability[0].cpu()), self.options, voxel_mm3)
+        head = np.asarray(data["head"].cpu())[0] > 0 if "head" in data else None
+        mask, _ = lesion_mask(np.asarray(probability[0].cpu()), self.options, voxel_mm3, head=head)
         return {**data, "pred": MetaTensor(torch.from_numpy(mask)[None], meta=probability.meta)}

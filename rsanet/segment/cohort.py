@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Row:
         backend: what ran the attention.
         window: what each network saw at once, in voxels.
         made_by: the models and what was asked of them; a run that resumes has to ask the same.
+        warnings: what is doubtful in the images and the mask, one sentence after the other; a table may lack them.
     """
 
     case: str
@@ -45,6 +47,7 @@ class Row:
     backend: str
     window: str
     made_by: str
+    warnings: str = ""
 
     @classmethod
     def of(cls, found: Prediction, made_by: str, folder: Path) -> "Row":
@@ -58,6 +61,7 @@ class Row:
             found.backend,
             " ".join(dict.fromkeys(sizes(window.size) for window in found.windows)),
             made_by,
+            "; ".join(found.warnings),
         )
 
 
@@ -89,6 +93,7 @@ def predict_cohort(
     min_lesion_mm3: float = 0.0,
     probability_map: bool = False,
     preview: bool = False,
+    register: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int, Prediction | str], None] | None = None,
@@ -113,6 +118,7 @@ def predict_cohort(
         min_lesion_mm3: as in `predict`.
         probability_map: as in `predict`.
         preview: as in `predict`.
+        register: as in `predict`.
         resume: whether cases whose mask and row exist are left as they are; the model and its options have to be those
             of before.
         overwrite: whether masks that exist are replaced.
@@ -129,10 +135,11 @@ def predict_cohort(
         OSError: the folder cannot be written.
         SystemExit: in the other processes, where the first raises.
     """
-    options = Options(threshold, min_lesion_mm3, probability_map, preview)
+    options = Options(threshold, min_lesion_mm3, probability_map, preview, register)
     if resume and overwrite:
         raise ValueError("Both --resume and --overwrite are given: the one keeps the masks that the other replaces.")
     ensemble = Ensemble.load(model, **inference)
+    options.check_contrasts(ensemble.contrasts)
     out, made_by = Path(out), describe_maker(ensemble, options)
     with shared_work() as processes:
         work = processes.decided_first(
@@ -141,6 +148,7 @@ def predict_cohort(
                 Path(data),
                 out,
                 options,
+                ensemble.contrasts,
                 made_by,
                 resume=resume,
                 overwrite=overwrite,
@@ -175,6 +183,7 @@ def describe_maker(ensemble: Ensemble, options: Options) -> str:
     words.append(f"threshold {options.threshold:g}")
     if options.min_lesion_mm3:
         words.append(f"lesions from {options.min_lesion_mm3:g} mm³")
+    words += ["registered"] * options.register
     first = ensemble.members[0]
     words += ["mirror images"] * first.flips + ["whole brain"] * first.whole_brain
     return ", ".join(words + [f"window {sizes(member.roi)}" for member in ensemble.members])
@@ -186,12 +195,20 @@ def mask_path(case: Case, out: Path) -> Path:
 
 
 def _plan(
-    cases: list[Case], data: Path, out: Path, options: Options, made_by: str, *, resume: bool, overwrite: bool
+    cases: list[Case],
+    data: Path,
+    out: Path,
+    options: Options,
+    contrasts: Sequence[str],
+    made_by: str,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> Work:
     """Looks at what the folder holds, before anything is computed, and makes it ready."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder for the masks.")
-    files = {case.id: options.files(mask_path(case, out)).values() for case in cases}
+    files = {case.id: options.files(mask_path(case, out), contrasts).values() for case in cases}
     derivatives = any(case.place for case in cases)
     if derivatives and (out / DESCRIPTION).exists() and not is_predicted(out):
         raise ValueError(
@@ -246,7 +263,8 @@ def _do_share(
     rows: dict[str, Row] = {}
     failures: dict[str, str] = {}
     numbers = {case.id: number for number, case in enumerate(work.cases, start=1)}
-    for case, reading in read_ahead(ensemble.prepare, work.left[processes.rank :: processes.size]):
+    prepare = partial(ensemble.prepare, registered=options.register)
+    for case, reading in read_ahead(prepare, work.left[processes.rank :: processes.size]):
         result: Prediction | str
         try:
             result = predict_case(ensemble, reading.result(), mask_path(case, out), options)
@@ -304,7 +322,7 @@ def _read_tables(folder: Path, *, lenient: bool) -> Iterator[Row]:
             with path.open(**ENCODING, newline="") as file:
                 lines = csv.DictReader(file)
                 rows = list(lines)
-            if lines.fieldnames != columns:
+            if lines.fieldnames not in (columns, columns[:-1]):  # the last one came later
                 raise ValueError("other columns")
             found = [
                 Row(

@@ -36,6 +36,8 @@ from monai.transforms import (
 from torch import Tensor
 
 from rsanet.segment.cases import Case
+from rsanet.segment.checks import look
+from rsanet.segment.registration import Sketch
 from rsanet.segment.volumes import (
     ROUNDING,
     check_views,
@@ -103,7 +105,14 @@ class LoadCase(Transform):
 
     ``image`` is ``(C, ...)``; ``tissue``, of the same size, is 1 where a contrast shows tissue; ``mask`` is
     ``(1, ...)``.
+
+    Args:
+        checked: whether to add ``head`` ``(1, ...)``, where the first contrast shows tissue, which stays on that grid,
+            and ``apart``: where each further contrast lies beside the first, by name.
     """
+
+    def __init__(self, checked: bool = False) -> None:
+        self.checked = checked
 
     def __call__(self, case: Case) -> dict[str, Any]:
         """Contrasts on other grids are resampled, by their headers."""
@@ -111,8 +120,11 @@ class LoadCase(Transform):
         tissues: list[Tensor] = []
         grid: nib.Nifti1Image | None = None
         first = next(iter(case.images.values()), None)
-        for path in case.images.values():
+        sketches: dict[str, Sketch] = {}
+        for name, path in case.images.items():
             voxels, shown, image = read_contrast(path)
+            if self.checked:
+                sketches[name] = Sketch.of(voxels, shown, image.affine)
             affine = torch.from_numpy(image.affine)
             volume = MetaTensor(torch.from_numpy(voxels)[None], affine=affine)
             tissue = MetaTensor(torch.from_numpy(shown.astype(np.uint8))[None], affine=affine)
@@ -136,6 +148,10 @@ class LoadCase(Transform):
             "image": MetaTensor(torch.cat(volumes), affine=affine),
             "tissue": MetaTensor(torch.cat(tissues), affine=affine),
         }
+        if self.checked:
+            drawn, *others = sketches
+            loaded["head"] = tissues[0].clone()
+            loaded["apart"] = {name: sketches[drawn].find(sketches[name]) for name in others}
         if case.mask is not None:
             name = f"the {next(iter(case.images))} image"  # as the check of the data set says, so that it is told once
             mask = read_mask_on(case.mask, grid, name, "resample it to that image, or repair its header")
@@ -150,10 +166,12 @@ class NormalizeForeground(Transform):
     Args:
         tissue: the entry that says where each channel shows tissue, which is left out of the result; None finds the
             tissue in the image as it is.
+        looked: whether to add ``look``, what the images look like before; see `rsanet.segment.checks`.
     """
 
-    def __init__(self, tissue: str | None = None) -> None:
+    def __init__(self, tissue: str | None = None, looked: bool = False) -> None:
         self.tissue = tissue
+        self.looked = looked
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """Leaves every other entry as it is."""
@@ -172,33 +190,39 @@ class NormalizeForeground(Transform):
         result = {key: value for key, value in data.items() if key != self.tissue}
         result["image"] = MetaTensor(torch.stack(normalized), meta=image.meta)
         result["image"].applied_operations = image.applied_operations
+        if self.looked:
+            result["look"] = look(image.numpy(), tissues.numpy(), image.affine.numpy())
         return result
 
 
-def preprocessing(spacing: Sequence[float] | None = None) -> Preparation:
+def preprocessing(
+    spacing: Sequence[float] | None = None, *, checked: bool = False, looked: bool = False
+) -> Preparation:
     """From a `Case` to normalized volumes around the head; the way back is ``monai.transforms.Invertd``.
 
     Args:
         spacing: voxel size in mm to resample to, or None to keep the images' own.
+        checked: see `LoadCase`.
+        looked: see `NormalizeForeground`.
     """
     # The tissue goes along: on a grid of other voxels it might be seen otherwise.
     keys = ("image", "tissue", "mask")
     steps: list[Transform] = [
-        LoadCase(),
+        LoadCase(checked),
         Orientationd(keys, ORIENTATION, labels=None, allow_missing_keys=True),
     ]
     if spacing is not None:
         steps.append(Spacingd(keys, tuple(spacing), mode=("bilinear", "nearest", "nearest"), allow_missing_keys=True))
     steps.append(CropForegroundd(keys, "tissue", allow_missing_keys=True, allow_smaller=True))
-    steps.append(NormalizeForeground("tissue"))
+    steps.append(NormalizeForeground("tissue", looked))
     return Preparation(steps)
 
 
 def preparing_to_train(spacing: Sequence[float] | None = None) -> Preparation:
-    """What a cache keeps of a `Case`: ``image``, ``mask``, and where a patch may be centred on lesion and elsewhere."""
+    """What a cache keeps of a `Case`: ``image``, ``mask``, ``look``, and where patches are centred, lesion or not."""
     return Preparation(
         [
-            *preprocessing(spacing).transforms,
+            *preprocessing(spacing, looked=True).transforms,
             EnsureTyped(("image", "mask"), track_meta=False),
             FgBgToIndicesd("mask", image_key="image"),
             Lambdad("mask_bg_indices", lambda indices: indices[:: max(1, len(indices) // CENTRES)]),

@@ -2,8 +2,9 @@
 
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import nibabel as nib
@@ -13,13 +14,15 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd
 from torch import Tensor
 
+from rsanet.segment.checks import doubts, reordered
 from rsanet.segment.data import preprocessing, voxel_size
 from rsanet.segment.datasets import Case
 from rsanet.segment.environment import describe_device
 from rsanet.segment.memory import lack_told
+from rsanet.segment.registration import register
 from rsanet.segment.segmenter import Segmenter, Window
-from rsanet.segment.volumes import load_grid
-from rsanet.segment.words import sizes
+from rsanet.segment.volumes import DataWarning, load_grid
+from rsanet.segment.words import noted, sizes
 
 Model: TypeAlias = str | os.PathLike | Segmenter
 Spacing: TypeAlias = tuple[float, float, float] | None
@@ -34,12 +37,18 @@ class Prepared:
         grid: the first image, for its grid and header; its voxels are not in memory.
         volumes: by the voxel size that models want, ``image`` ``(C, D, H, W)`` and the transform that made it.
         seconds: time that reading took.
+        head: ``(X, Y, Z)``, where the first image shows the head.
+        transforms: by contrast, the 4×4 matrix that registered it to the first, where that was asked for.
+        warnings: what is doubtful, a sentence each.
     """
 
     case: Case
     grid: nib.Nifti1Image
     volumes: Mapping[Spacing, tuple[MetaTensor, Compose]]
     seconds: float
+    head: np.ndarray
+    transforms: Mapping[str, np.ndarray] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -121,8 +130,12 @@ class Ensemble:
         pairs = zip(self.members, windows, strict=True)
         return "+".join(dict.fromkeys(member.backend(window) for member, window in pairs))
 
-    def prepare(self, case: Case) -> Prepared:
+    def prepare(self, case: Case, *, registered: bool = False) -> Prepared:
         """Reads a case; contrasts on other grids are brought to the first one's.
+
+        Args:
+            case: the images.
+            registered: whether each further contrast is registered to the first, rigidly.
 
         Raises:
             ValueError: an image is missing or cannot serve.
@@ -131,15 +144,42 @@ class Ensemble:
         started = time.perf_counter()
         case = Case(case.id, self.members[0].images_of(case), case.mask)
         volumes = {}
-        with lack_told(case.id, "leave fewer other programs running"):
+        with noted() as said, lack_told(case.id, "leave fewer other programs running"):
+            images, transforms = register(case) if registered else (case.images, {})
+            seen: dict[str, Any] = {}
             for spacing in dict.fromkeys(member.spacing for member in self.members):
-                transform = preprocessing(spacing)
-                volumes[spacing] = transform(Case(case.id, case.images))["image"], transform
-        first = case.images[self.contrasts[0]]
-        grid = load_grid(first)
+                transform = preprocessing(spacing, checked=not seen, looked=not seen)
+                data = transform(Case(case.id, images))
+                seen = seen or data
+                volumes[spacing] = data["image"], transform
+            first = case.images[self.contrasts[0]]
+            grid = load_grid(first)
+            self._check(case, seen, registered=registered)
+            for member in self.members:
+                member.check_voxels(first, voxel_size(grid))
+        seconds = time.perf_counter() - started
+        head = seen["head"][0].numpy() > 0
+        return Prepared(case, grid, volumes, seconds, head, transforms, tuple(said))
+
+    def _check(self, case: Case, seen: Mapping[str, Any], *, registered: bool) -> None:
+        """Warns of contrasts that lie apart, and of what a model was not trained on."""
+        first = self.contrasts[0]
+        for name, found in seen["apart"].items():
+            if found.is_apart():
+                far = f"about {found.apart:.0f} mm off the {first}" if found.far() else f"beside the {first}"
+                advice = "look at both" if registered else "give --register, or register it yourself"
+                warnings.warn(
+                    f"{case.id}: the {name} image lies {far} (the heads overlap by {100 * found.overlap:.0f} %), so "
+                    f"that lesions may be missed or made up: {advice}.",
+                    DataWarning,
+                    stacklevel=1,
+                )
         for member in self.members:
-            member.check_voxels(first, voxel_size(grid))
-        return Prepared(case, grid, volumes, time.perf_counter() - started)
+            if member.trained_on is None:
+                continue
+            order = [self.contrasts.index(name) for name in member.contrasts]
+            for doubt in doubts(reordered(seen["look"], order), member.trained_on, member.contrasts, member.name):
+                warnings.warn(f"{case.id}: {doubt}.", DataWarning, stacklevel=1)
 
     def windows(self, ready: Prepared) -> list[Window]:
         """The window of each model for a case."""

@@ -3,8 +3,9 @@
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from rsanet.segment.geometry import voxel_volume
 from rsanet.segment.metrics import label_lesions
 from rsanet.segment.provenance import write_sidecar
 from rsanet.segment.raters import files_of
+from rsanet.segment.registration import check_registration, transform_name, write_transform
 from rsanet.segment.report import draw_overlay
 from rsanet.segment.segmenter import Window
-from rsanet.segment.volumes import is_nifti, read_image, stem
-from rsanet.segment.words import counted
+from rsanet.segment.volumes import DataWarning, is_nifti, read_image, stem
+from rsanet.segment.words import counted, noted
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Options:
         min_lesion_mm3: 26-connected lesions of a smaller volume, by the header, are removed.
         probability_map: whether the probability is written, too, as float32.
         preview: whether a picture of the slices with the most lesion is written, too.
+        register: whether each further contrast is registered to the first, and its transform written, too.
 
     Raises:
         ValueError: a number is out of its range.
@@ -43,6 +46,7 @@ class Options:
     min_lesion_mm3: float = 0.0
     probability_map: bool = False
     preview: bool = False
+    register: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -52,8 +56,20 @@ class Options:
                 f"--min-lesion-mm3 is {self.min_lesion_mm3}: give a volume in mm³, 0 to keep every lesion."
             )
 
-    def files(self, mask: Path) -> dict[str, Path]:
-        """The files of a case by what they hold: ``mask``, ``sidecar``, ``probability``, ``preview``."""
+    def check_contrasts(self, contrasts: Sequence[str]) -> None:
+        """Refuses to register where there is nothing to register, or nothing to do it with."""
+        if self.register:
+            if len(contrasts) < 2:
+                raise ValueError(f"--register has nothing to do: the model takes {contrasts[0]} alone; leave it out.")
+            check_registration()
+
+    def files(self, mask: Path, contrasts: Sequence[str]) -> dict[str, Path]:
+        """The files of a case by what they hold: ``mask``, ``sidecar``, ``probability``, ``preview``, a transform.
+
+        Args:
+            mask: the mask.
+            contrasts: of the model; the transform of each is by its name.
+        """
         found = {"mask": mask, "sidecar": mask.with_name(stem(mask) + ".json")}
         if self.probability_map:
             # The ending of BIDS, by which a folder's masks are told from its probability maps.
@@ -61,6 +77,9 @@ class Options:
             found["probability"] = mask.with_name(name + mask.name[len(stem(mask)) :])
         if self.preview:
             found["preview"] = mask.with_name(stem(mask) + ".png")
+        if self.register:
+            for name in contrasts[1:]:
+                found[f"transform of {name}"] = mask.with_name(transform_name(mask, name, contrasts[0]))
         return found
 
 
@@ -79,6 +98,9 @@ class Prediction:
         backend: what ran the attention.
         windows: what each network saw at once.
         path: the mask's file, if it was written.
+        warnings: what is doubtful in the images and the mask, a sentence each.
+        transforms: by contrast, the 4×4 matrix that brought it to the first one, where that was asked for: from a
+            point of the first image to the same place in its own, in mm of NIfTI's world.
     """
 
     case: str
@@ -91,6 +113,8 @@ class Prediction:
     backend: str
     windows: tuple[Window, ...]
     path: Path | None
+    warnings: tuple[str, ...] = ()
+    transforms: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def predict(
@@ -103,6 +127,7 @@ def predict(
     min_lesion_mm3: float = 0.0,
     probability_map: bool = False,
     preview: bool = False,
+    register: bool = False,
     overwrite: bool = False,
     progress: bool = False,
     say: Callable[[str], None] | None = None,
@@ -121,6 +146,7 @@ def predict(
         min_lesion_mm3: see `Options`.
         probability_map: see `Options`; the file is beside the mask and ends in ``_probseg``.
         preview: see `Options`; the file is beside the mask and ends in ``.png``.
+        register: see `Options`; it needs the extra ``formats``. The files are beside the mask and end in ``_xfm.tfm``.
         overwrite: whether files that exist are replaced.
         progress: whether to draw a bar over the windows on stderr.
         say: called with one line on device, backend, precision and shapes before the network runs.
@@ -133,16 +159,20 @@ def predict(
         ValueError: an argument, the model or an image cannot serve, or the memory does not suffice.
         OSError: a file cannot be read or written.
     """
-    options = Options(threshold, min_lesion_mm3, probability_map, preview)
+    options = Options(threshold, min_lesion_mm3, probability_map, preview, register)
     path = None if out is None else Path(out)
     if path is not None:
-        check_outputs(options.files(path), overwrite=overwrite)
+        check_outputs(options.files(path, ()), overwrite=overwrite)
         remove_stale(path.parent)
     elif probability_map or preview:
         raise ValueError("There is no out, beside which the probability map and the preview are written: give one.")
     ensemble = Ensemble.load(model, **inference)
+    options.check_contrasts(ensemble.contrasts)
+    if path is not None:
+        check_outputs(options.files(path, ensemble.contrasts), overwrite=overwrite)
     case = name_images(ensemble.contrasts, images, affine)
-    return predict_case(ensemble, ensemble.prepare(case), path, options, progress=progress, say=say)
+    ready = ensemble.prepare(case, registered=register)
+    return predict_case(ensemble, ready, path, options, progress=progress, say=say)
 
 
 def predict_case(
@@ -168,9 +198,24 @@ def predict_case(
         ValueError: an output is an input, a probability is not a number, or the memory does not suffice.
         OSError: a file cannot be written.
     """
+    with noted() as said:
+        return _predict_case(ensemble, ready, out, options, said, progress=progress, say=say)
+
+
+def _predict_case(
+    ensemble: Ensemble,
+    ready: Prepared,
+    out: Path | None,
+    options: Options,
+    said: Mapping[str, None],
+    *,
+    progress: bool,
+    say: Callable[[str], None] | None,
+) -> Prediction:
+    """As `predict_case`, within what notes the warnings."""
     started = time.perf_counter()
     case, grid = ready.case, ready.grid
-    files = options.files(out) if out else {}
+    files = options.files(out, ensemble.contrasts) if out else {}
     for path in files.values():
         check_no_input(path, case)
     windows = ensemble.windows(ready)
@@ -178,11 +223,14 @@ def predict_case(
         say(ensemble.describe(ready, windows))
     probability = ensemble.probability(ready, windows, progress=progress)
     voxel_mm3 = voxel_volume(grid.affine)
-    mask, lesions = lesion_mask(probability, options, voxel_mm3)
+    mask, lesions = lesion_mask(probability, options, voxel_mm3, head=ready.head, case=case.id)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)  # in a tree of BIDS, whose folders come with the masks
     if "probability" in files:
         write_volume(probability, grid, files["probability"])
+    if out:
+        for name, matrix in ready.transforms.items():
+            write_transform(matrix, files[f"transform of {name}"])
     if "preview" in files:
         contrast = ensemble.contrasts[0]
         image = nib.Nifti1Image(read_image(case.images[contrast])[0], grid.affine)
@@ -203,6 +251,8 @@ def predict_case(
             ensemble.backend([window.size for window in windows]),
             tuple(windows),
             out,
+            tuple(dict.fromkeys([*ready.warnings, *said])),
+            ready.transforms,
         )
 
     if out is None:
@@ -214,9 +264,34 @@ def predict_case(
     return result
 
 
-def lesion_mask(probability: np.ndarray, options: Options, voxel_mm3: float) -> tuple[np.ndarray, int]:
-    """The mask ``(X, Y, Z)`` as uint8 of a probability, and the number of its 26-connected lesions."""
+def lesion_mask(
+    probability: np.ndarray,
+    options: Options,
+    voxel_mm3: float,
+    *,
+    head: np.ndarray | None = None,
+    case: str = "the mask",
+) -> tuple[np.ndarray, int]:
+    """The mask ``(X, Y, Z)`` as uint8 of a probability, and the number of its 26-connected lesions.
+
+    Args:
+        probability: of lesion.
+        options: what is made of it.
+        voxel_mm3: volume of a voxel.
+        head: where the image shows the head; what would be lesion in the air around it is none, with a `DataWarning`.
+        case: for its words.
+    """
     mask = probability > options.threshold
+    if head is not None:
+        in_air = int(np.count_nonzero(mask & ~head))
+        if in_air:
+            was = "was" if in_air == 1 else "were"
+            warnings.warn(
+                f"{case}: {counted(in_air, 'voxel')} outside the head {was} found to be lesion, and left out.",
+                DataWarning,
+                stacklevel=1,
+            )
+        mask &= head
     labels, count = label_lesions(mask)
     if options.min_lesion_mm3 and count:
         # A lesion of exactly the minimum stays, whatever the rounding of the voxel volume.

@@ -55,8 +55,12 @@ def write_sidecar(path: Path, found: "Prediction", ensemble: "Ensemble", ready: 
         "Lesions": found.lesions,
         "LesionLoad": round(found.load_mm3, 3),
         "Seconds": round(found.seconds, 2),
+        "Warnings": list(found.warnings),
         "Versions": {name: versions[name] for name in NAMED},
     }
+    if options.register:
+        files = options.files(found.path, ensemble.contrasts)
+        content["Transforms"] = {name: files[f"transform of {name}"].name for name in found.transforms}
     write_json(path, content)
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rsanet.attention import RSABlock
 from rsanet.checkpoints import load_model
 from rsanet.network import RSANet
+from rsanet.segment.checks import is_summary
 from rsanet.segment.data import preprocessing
 from rsanet.segment.datasets import Case, canonical
 from rsanet.segment.environment import (
@@ -126,6 +127,7 @@ class Segmenter:
         whole_brain: whether the window is the whole prepared volume where memory allows.
         sha256: of the model file, in hexadecimal.
         voxel_size: mm along z, y, x of what it was trained on, where its file says so.
+        trained_on: what its training images looked like, where its file says so; see `rsanet.segment.checks`.
     """
 
     network: RSANet
@@ -139,6 +141,7 @@ class Segmenter:
     whole_brain: bool = False
     sha256: str = ""
     voxel_size: tuple[float, float, float] | None = None
+    trained_on: Mapping[str, Any] | None = None
 
     @classmethod
     def load(
@@ -187,6 +190,7 @@ class Segmenter:
             whole_brain,
             digest(path),
             tuple(extra["voxel_size"]) if extra.get("voxel_size") else None,
+            extra.get("trained_on"),
         )
 
     def backend(self, window: Sequence[int]) -> str:
@@ -277,6 +281,7 @@ def model_file(model: str | Path) -> Path:
 def check_extra(path: Path, network: RSANet) -> None:
     """Refuses a model file whose words on its use cannot be true."""
     contrasts, roi, spacing, size = (network.extra.get(key) for key in ("contrasts", "roi", "spacing", "voxel_size"))
+    trained_on = network.extra.get("trained_on")
     channels, classes = network.config["in_channels"], network.config["out_channels"]
 
     def three(values: Any, kinds: type | tuple[type, ...]) -> bool:
@@ -299,6 +304,8 @@ def check_extra(path: Path, network: RSANet) -> None:
         problem = f"the spacing {spacing!r}, not three sizes in mm"
     elif size is not None and not three(size, (int, float)):
         problem = f"the voxel size {size!r}, not three sizes in mm"
+    elif trained_on is not None and not is_summary(trained_on, channels):
+        problem = "words on its training images that are not those of its contrasts"
     else:
         return
     raise ValueError(f"{path} has {problem}: give a model of `rsanet train`.")

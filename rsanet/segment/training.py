@@ -31,6 +31,7 @@ from tqdm import tqdm
 from rsanet.checkpoints import load_model, save_model
 from rsanet.network import RSANet
 from rsanet.segment.cases import Case
+from rsanet.segment.checks import summary
 from rsanet.segment.data import (
     common_spacing,
     patch_transforms,
@@ -332,7 +333,10 @@ def train(
 
     progress = Progress()
     size = spacing or tuple(np.median(voxel_sizes_of(cases), axis=0).tolist())
-    session = Session(fabric, recipe, run, network, patch, spacing, size, contrasts, whole, precision, progress)
+    looks = [volumes[index]["look"] for index in range(len(volumes)) if index < max(1, volumes.cache_num)]
+    session = Session(
+        fabric, recipe, run, network, patch, spacing, size, summary(looks), contrasts, whole, precision, progress
+    )
     if resume and (state := run.load_checkpoint()):
         session.restore(state)
         if progress.rows and not run.model.is_file():
@@ -413,6 +417,7 @@ class Session:
         patch: voxels along z, y and x.
         spacing: mm along z, y and x that the volumes are brought to, or None for their own.
         voxel_size: mm along z, y and x that they have.
+        trained_on: what the training images look like; see `rsanet.segment.checks`.
         contrasts: in channel order.
         held_out: this process's share of the prepared held-out cases.
         precision: what the network is computed in.
@@ -428,6 +433,7 @@ class Session:
         patch: Sequence[int],
         spacing: Sequence[float] | None,
         voxel_size: Sequence[float],
+        trained_on: Mapping[str, Any],
         contrasts: Sequence[str],
         held_out: Sequence[Mapping[str, Any]],
         precision: Precision,
@@ -440,6 +446,7 @@ class Session:
         self.patch = patch
         self.voxel_size = voxel_size
         self.extra = {
+            "trained_on": trained_on,
             "contrasts": list(contrasts),
             "roi": list(patch),
             "spacing": spacing and list(spacing),

@@ -1,10 +1,35 @@
 """Words of messages that several places use, and the warning that tells of data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+_noted: ContextVar[dict[str, None] | None] = ContextVar("noted", default=None)
 
 
 class DataWarning(UserWarning):
-    """Something in the data that the user should know of and that stops nothing."""
+    """Something in the data that the user should know of and that stops nothing. `noted` keeps what it says."""
+
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        kept = _noted.get()
+        if kept is not None:
+            kept[str(self)] = None
+
+
+@contextmanager
+def noted() -> Iterator[dict[str, None]]:
+    """Within it the sentences of every `DataWarning` of this thread are kept, in order and once each, as keys.
+
+    Python makes a warning before it asks its filters, so that one is kept, too, that was shown before or is not shown.
+    """
+    kept: dict[str, None] = {}
+    token = _noted.set(kept)
+    try:
+        yield kept
+    finally:
+        _noted.reset(token)
 
 
 def counted(number: int, noun: str) -> str:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import replace
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from rsanet.segment import cohort as cohorts
 from rsanet.segment import processes
 from rsanet.segment.cohort import predict_cohort, read_ahead
 from rsanet.segment.processes import Processes, own_device
+from rsanet.segment.volumes import DataWarning
 
 
 def table(folder):
@@ -70,7 +72,17 @@ def test_a_cohort_is_predicted_past_a_bad_case(tmp_path, three, phantoms, fault)
         "sub-003_label-lesion_mask.nii.gz",
     ]
     found = table(tmp_path / "out")
-    assert list(found[0]) == ["case", "mask", "lesions", "load_mm3", "seconds", "backend", "window", "made_by"]
+    assert list(found[0]) == [
+        "case",
+        "mask",
+        "lesions",
+        "load_mm3",
+        "seconds",
+        "backend",
+        "window",
+        "made_by",
+        "warnings",
+    ]
     assert [row["case"] for row in found] == ["sub-001", "sub-003"]
     for row in found:
         mask = np.asarray(nib.load(tmp_path / "out" / row["mask"]).dataobj)
@@ -277,6 +289,83 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     assert own_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert own_device("auto") == "auto"
+
+
+def forms_apart(path):
+    """Gives an image a qform that contradicts its sform: it is read with a warning."""
+    image = nib.load(path)
+    image = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
+    image.set_sform(image.affine, 1)
+    image.set_qform(np.diag([1.0, 1, 1, 1]) + np.eye(4, k=3) * 9, 1)
+    nib.save(image, path)
+
+
+def test_warnings_of_a_case_stand_in_its_row_and_its_json_and_in_no_other(tmp_path, three, phantoms):
+    out = tmp_path / "out"
+    for case in ("sub-001", "sub-002"):
+        forms_apart(phantoms.image_path(three, case, "T1w"))
+    with pytest.warns(DataWarning) as shown:
+        rows, failures = predict_cohort(segmenter(), three, out)
+    assert failures == {}
+    for row, written in zip(rows, table(out), strict=True):
+        told = json.loads(mask_of(out, row.case).with_name(f"{row.case}_label-lesion_mask.json").read_text())[
+            "Warnings"
+        ]
+        assert written["warnings"] == row.warnings == "; ".join(told)
+        if row.case == "sub-003":
+            assert told == []
+        else:
+            assert len(told) == 1
+            assert f"{row.case}_T1w.nii.gz: sform and qform put its voxels up to 9 mm apart" in told[0]
+    assert sum("sform and qform" in str(warning.message) for warning in shown) == 2
+
+
+def test_a_warning_is_recorded_again_where_it_is_not_shown_again(tmp_path, three, phantoms):
+    forms_apart(phantoms.image_path(three, "sub-001", "T1w"))
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        first, _ = predict_cohort(segmenter(), three, tmp_path / "a")
+        second, _ = predict_cohort(segmenter(), three, tmp_path / "b")
+    assert len(shown) == 1
+    assert first[0].warnings == second[0].warnings != ""
+
+
+def test_the_table_of_an_earlier_version_is_read_and_gets_the_column(tmp_path, three, phantoms):
+    forms_apart(phantoms.image_path(three, "sub-002", "T1w"))
+    out = tmp_path / "out"
+    with pytest.warns(DataWarning, match="sform"):
+        predict_cohort(segmenter(), three, out)
+    mask_of(out, "sub-002").unlink()
+    before = table(out)
+    with (out / "predictions.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in before[0] if name != "warnings"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(before)
+    with pytest.warns(DataWarning, match="sform"):
+        predict_cohort(segmenter(), three, out, resume=True)
+    after = table(out)
+    assert [row["case"] for row in after] == ["sub-001", "sub-002", "sub-003"]
+    assert [bool(row["warnings"]) for row in after] == [False, True, False]
+
+
+def test_registered_masks_are_not_mixed_with_others_and_their_transforms_are_outputs(tmp_path, three):
+    pytest.importorskip("SimpleITK", reason="registration needs SimpleITK, of the extra formats")
+    out = tmp_path / "out"
+    model = segmenter(("FLAIR", "T1w"))
+    rows, failures = predict_cohort(model, three, out, register=True)
+    assert failures == {}
+    assert all("registered" in row.made_by for row in rows)
+    transforms = sorted(out.rglob("*.tfm"))
+    assert [path.name for path in transforms] == [
+        f"sub-00{number}_label-lesion_from-T1w_to-FLAIR_xfm.tfm" for number in (1, 2, 3)
+    ]
+    with pytest.raises(ValueError, match="--resume would add some of"):
+        predict_cohort(model, three, out, resume=True)
+    transforms[1].unlink()
+    done = []
+    predict_cohort(model, three, out, register=True, resume=True, progress=lambda *args: done.append(args[2].case))
+    assert done == ["sub-002"]
+    assert transforms[1].exists()
 
 
 def test_the_package_has_the_functions_behind_the_command():

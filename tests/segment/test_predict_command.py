@@ -93,3 +93,29 @@ def test_a_stopped_cohort_says_what_it_leaves(trained, cohort, tmp_path, rsanet,
     assert code == 143
     kept = f"{tmp_path / 'out'} keeps the masks that were done: give --resume to go on."
     assert err == f"rsanet: terminated. {kept}\n"
+
+
+def test_a_cohort_ends_with_the_cases_that_came_with_warnings(trained, tmp_path, phantoms, rsanet):
+    root, out = phantoms.write_cohort(tmp_path / "data", 2), tmp_path / "out"
+    image = phantoms.image_path(root, "sub-002")
+    voxels = nib.load(image).get_fdata(dtype=np.float32)
+    voxels[0, 0, 0] = np.nan
+    phantoms.save(image, voxels)
+    code, said, err = rsanet("predict", trained, "--data", root, "-o", out)
+    assert code == 0
+    assert err.count("outside the head was NaN or infinite") == 1
+    assert "1 of 2 masks came with warnings (sub-002): see predictions.csv." in said
+    with (out / "predictions.csv").open() as file:
+        assert [row["warnings"] != "" for row in csv.DictReader(file)] == [False, True]
+
+
+def test_register_writes_the_transforms_and_says_nothing(trained, images, tmp_path, rsanet):
+    pytest.importorskip("SimpleITK", reason="registration needs SimpleITK, of the extra formats")
+    code, _, err = rsanet("predict", trained, "-i", *images, "-o", tmp_path / "mask.nii.gz", "--register")
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "mask.json",
+        "mask.nii.gz",
+        "mask_from-T1w_to-FLAIR_xfm.tfm",
+        "mask_from-T2w_to-FLAIR_xfm.tfm",
+    ]

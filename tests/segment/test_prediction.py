@@ -1,26 +1,33 @@
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import warnings
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from segment.bright import FP32, BrightOnFirst, segmenter, thresholded
+from segment.heads import heads
 
 from rsa_kernels import use_backend
 from rsanet.checkpoints import save_model
 from rsanet.network import RSANet
 from rsanet.segment import prediction
 from rsanet.segment import segmenter as segmenters
+from rsanet.segment.checks import is_summary, summary
+from rsanet.segment.data import preprocessing
 from rsanet.segment.datasets import Case
 from rsanet.segment.ensemble import Ensemble
 from rsanet.segment.pairs import find_masks
 from rsanet.segment.prediction import Options, lesion_mask, name_images, predict, predict_case
 from rsanet.segment.report import draw_overlay
 from rsanet.segment.segmenter import Segmenter, lesion_probability
+from rsanet.segment.volumes import DataWarning
 
 
 def oblique():
@@ -473,3 +480,72 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path, phantoms):
         (tmp_path / name).write_text("in work")
     predict(segmenter(), images, tmp_path / "b.nii.gz")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "b.json", "b.nii.gz", "in"])
+
+
+def test_no_lesion_is_written_in_the_air(tmp_path, phantoms):
+    images = write_images(tmp_path, phantoms, np.diag([1.0, 1, 2, 1]))
+    everything = segmenter(threshold=-100.0)
+    with pytest.warns(
+        DataWarning, match=r"FLAIR.nii.gz: (\d+) voxels outside the head were found to be lesion, and left"
+    ):
+        found = predict(everything, images, tmp_path / "mask.nii.gz", probability_map=True)
+    flair = np.asarray(nib.load(images["FLAIR"]).dataobj)
+    mask = np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj) > 0
+    assert not mask[(flair == 0) & ~ndimage.binary_fill_holes(flair != 0)].any()
+    assert mask[flair != 0].mean() > 0.99
+    assert (found.lesions, found.load_mm3) == (1, 2 * mask.sum())
+    assert found.probability[0, 0, 0] == 0  # what the network said stays in the map, as far as it looked
+    assert (found.probability > 0.5).sum() > mask.sum()
+    said = json.loads((tmp_path / "mask.json").read_text())
+    assert tuple(said["Warnings"]) == found.warnings
+    assert f"{(found.probability > 0.5).sum() - mask.sum()} voxels" in found.warnings[-1]
+
+
+def test_a_lesion_that_is_whole_within_the_head_stays_as_it_is(tmp_path, phantoms):
+    images = write_images(tmp_path, phantoms, np.eye(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = predict(segmenter(), images)
+    assert np.array_equal(found.mask, thresholded(nib.load(images["FLAIR"])))
+    assert found.warnings == ()
+
+
+@pytest.fixture(scope="module")
+def of_brains():
+    looks = [preprocessing(looked=True)(Case("x", heads(seed=seed)))["look"] for seed in (1, 2)]
+    return segmenter(threshold=2.0, trained_on=summary(looks))
+
+
+def test_a_head_with_skull_and_exchanged_contrasts_are_told_of(of_brains, tmp_path):
+    images = heads(seed=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert predict(of_brains, images).warnings == ()
+    with pytest.warns(
+        DataWarning, match="the subject: the images show a head with its skull, but the model was trained"
+    ):
+        found = predict(of_brains, heads(seed=9, skull=True), tmp_path / "mask.nii.gz")
+    assert len(found.warnings) == 1
+    assert json.loads((tmp_path / "mask.json").read_text())["Warnings"] == list(found.warnings)
+    swapped = [images["T1w"], images["FLAIR"], images["T2w"]]
+    with pytest.warns(DataWarning, match="given as FLAIR looks like T1w and the image given as T1w looks like FLAIR"):
+        predict(of_brains, swapped)
+    members = [of_brains, segmenter(("T2w", "FLAIR", "T1w"), 2.0)]  # of an older version, which says nothing
+    with pytest.warns(DataWarning, match="given as FLAIR looks like T1w"):
+        assert len(predict(members, swapped).warnings) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(segmenter(threshold=2.0), heads(seed=9, skull=True))
+
+
+def test_a_trained_model_knows_its_training_images(trained):
+    model = Segmenter.load(trained)
+    assert is_summary(model.trained_on, 3)
+    for name in ("last", "ema"):
+        assert Segmenter.load(trained / f"{name}.safetensors").trained_on == model.trained_on
+
+
+def test_what_a_model_file_says_of_its_training_images_is_checked(tmp_path):
+    save_model(RSANet(2, 2, (8, 16)), tmp_path / "m.safetensors", {**GOOD, "trained_on": {"skull_stripped": True}})
+    with pytest.raises(ValueError, match=r"m\.safetensors has words on its training images"):
+        Segmenter.load(tmp_path / "m.safetensors")

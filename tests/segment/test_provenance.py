@@ -63,6 +63,7 @@ def test_a_mask_says_how_it_came_about(trained, tmp_path, phantoms, monkeypatch)
         "VoxelSize": [1.0, 1.5, 2.0],
         "Lesions": found.lesions,
         "LesionLoad": round(found.load_mm3, 3),
+        "Warnings": list(found.warnings),
     }
 
 
