@@ -138,7 +138,7 @@ class Aliased(nn.Module):
 
 
 @pytest.mark.parametrize("path", ["stage", "order.0"])
-def test_a_submodule_is_replaced_everywhere_that_the_network_registers_it(path):
+def test_a_submodule_has_its_block_everywhere_that_the_network_registers_it(path):
     model = insert_rsa(Aliased(), path)
     assert model.stage is model.order[0]
     x = torch.randn(1, 1, 3, 4, 5)
@@ -164,9 +164,12 @@ def test_blocks_go_into_a_submodule_that_has_one_in_any_order():
         insert_rsa(outer, "order.2")
 
 
-def test_a_submodule_that_torch_does_not_see_everywhere_is_refused():
-    with pytest.raises(ValueError, match=r"'stage' is also held by order, a plain list.*pass by the RSA block"):
-        insert_rsa(Aliased(hidden=True), "stage")
+def test_a_submodule_that_runs_from_a_plain_list_has_its_block_there_too():
+    model, x = insert_rsa(Aliased(hidden=True), "stage"), torch.randn(1, 1, 3, 4, 5)
+    with pytest.raises(IndexError):
+        model.order[1]
+    before = model(x)
+    assert not torch.allclose(open_betas(model)(x), before)
 
 
 class Merge(nn.Conv3d):
