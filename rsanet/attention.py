@@ -181,6 +181,10 @@ class _SliceAttention(nn.Module):
         self, x: Tensor, betas: Sequence[Tensor], axes: Sequence[str], return_maps: bool, literally: bool
     ) -> Any:
         """The same with projections that are called."""
+        device = x.device.type
+        known = isinstance(x, Tensor) and torch.amp.is_autocast_available(device)
+        if known and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))  # as the kernels do
         maps = []
         for beta, axis in zip(betas, axes, strict=True):
             volumes = [_project(getattr(self, name), name, x) for name in ("theta_conv", "phi_conv", "g_conv")]

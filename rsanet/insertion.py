@@ -11,9 +11,11 @@ import ast
 import functools
 import inspect
 import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -132,16 +134,46 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
-def _uses(kind: type[nn.Module], names: Iterable[str]) -> bool:
-    """Whether ``forward`` of a class, or a method that it calls, uses one of some names."""
+def _functions(kind: type[nn.Module]) -> Iterator[FunctionType]:
+    """``forward`` of a class, and the methods of its own that are called from there."""
     todo = seen = {"forward"}
     while todo:
-        used = {name for method in todo for function in _methods(kind, method) for name in _names(function.__code__)}
-        if not used.isdisjoint(names):
-            return True
-        todo = used - seen
-        seen = seen | used
-    return False
+        functions = [function for method in todo for function in _methods(kind, method)]
+        yield from functions
+        used = set().union(*(_names(function.__code__) for function in functions))
+        todo, seen = used - seen, seen | used
+
+
+def _uses(kind: type[nn.Module], names: Iterable[str]) -> bool:
+    """Whether the forward pass of a class uses one of some names."""
+    return any(not _names(function.__code__).isdisjoint(names) for function in _functions(kind))
+
+
+def _source(function: FunctionType | None) -> ast.FunctionDef | None:
+    """The source of a function, where there is one to read."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, SyntaxError, TypeError, ValueError, IndexError):
+        return None
+    return tree if isinstance(tree, ast.FunctionDef) else None
+
+
+def _only_iterated(kind: type[nn.Module], name: str) -> bool:
+    """Whether the forward pass of a class is written to take the layers out of a child, and never to call it."""
+    found = []
+    for tree in map(_source, _functions(kind)):
+        if tree is None:
+            return False
+        for node in ast.walk(tree):
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.Attribute) and child.attr == name and ast.unparse(child.value) == "self":
+                    given = isinstance(node, ast.Call) and ast.unparse(node.func) in _ITERATE
+                    iterated = isinstance(node, ast.For | ast.comprehension) and child is node.iter
+                    found.append(given or iterated or isinstance(node, ast.Subscript))
+    return bool(found) and all(found)
+
+
+_ITERATE = ("enumerate", "zip", "reversed", "len", "range", "list", "iter")
 
 
 _COLLECTIONS = {
@@ -152,12 +184,8 @@ _COLLECTIONS = {
 
 def _collection(kind: type[nn.Module], method: str = "forward", depth: int = 3) -> str | None:
     """The collection that a class is written to return from ``forward``; None if it may return something else."""
-    function = next(_methods(kind, method), None)
-    try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, SyntaxError, TypeError, ValueError):  # there is no source to read
-        return None
-    if not isinstance(tree, ast.FunctionDef):
+    tree = _source(next(_methods(kind, method), None))
+    if tree is None:
         return None
     nodes = [node for statement in tree.body for node in _inside(statement)]
 
@@ -295,6 +323,11 @@ def _check_stage(model: nn.Module, path: str, stage: nn.Module) -> None:
 
 def _check_unseen(model: nn.Module, path: str, stage: nn.Module) -> None:
     """Refuses what looks as if it would fail in a forward pass."""
+    places = [
+        (type(owner), name) for owner in model.modules() for name in owner._modules if owner._modules[name] is stage
+    ]
+    if all(_only_iterated(*place) for place in places):
+        raise ValueError(_never_called(path))
     last = stage
     while type(last).forward is nn.Sequential.forward and _layers(last):
         last = _layers(last)[-1]
@@ -403,7 +436,9 @@ def _run_example(model: nn.Module, path: str, stage: nn.Module, example: Any) ->
     try:
         for module in model.modules():
             module.training = False
-        with torch.random.fork_rng(sorted(devices)), torch.no_grad():
+        # Code that was compiled before does not know the hooks above.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with eager, torch.random.fork_rng(sorted(devices)), torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:
         raise ValueError(
