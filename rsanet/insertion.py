@@ -63,7 +63,7 @@ def _unpickled(base: type[nn.Module]) -> nn.Module:
 
 
 _READ = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
-_CHANGE = ("__setitem__", "__delitem__", "__imul__", "append", "insert", "extend", "pop", "update", "clear")
+_CHANGE = ("__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "insert", "extend", "pop", "update", "clear")
 _CLASSES: set[type] = set()
 
 
@@ -209,6 +209,8 @@ def _collection(kind: type[nn.Module], method: str = "forward", depth: int = 3) 
             if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
                 return _collection(kind, called.attr, depth - 1) if depth else None
             return None
+        if isinstance(value, ast.BinOp):
+            return read(value.left)
         return _COLLECTIONS.get(type(value))
 
     found = {read(node.value) for node in nodes if isinstance(node, ast.Return)}
@@ -293,7 +295,7 @@ def _find(model: nn.Module, path: str) -> nn.Module:
             )
         module = children[name]
     for wrapped in ("_checkpoint_wrapped_module", "_orig_mod"):
-        module = module._modules.get(wrapped, module)
+        module = dict(module.named_children()).get(wrapped, module)
     return module
 
 
