@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rsanet.attention import NonLocalBlock, RSABlock, SABlock, insert_rsa
+    from rsanet.attention import NonLocalBlock, RSABlock, SABlock
     from rsanet.checkpoints import load_model, load_reference_checkpoint, save_model
+    from rsanet.insertion import insert_rsa, remove_rsa
     from rsanet.network import RSANet
     from rsanet.sharding import prepare_for_sharding
 
@@ -20,11 +21,13 @@ __all__ = [
     "load_model",
     "load_reference_checkpoint",
     "prepare_for_sharding",
+    "remove_rsa",
     "save_model",
 ]
 
 # Loaded on first use: `rsanet --help` imports this package and has no time for torch.
-_MODULES = dict.fromkeys(("NonLocalBlock", "RSABlock", "SABlock", "insert_rsa"), "rsanet.attention")
+_MODULES = dict.fromkeys(("NonLocalBlock", "RSABlock", "SABlock"), "rsanet.attention")
+_MODULES |= dict.fromkeys(("insert_rsa", "remove_rsa"), "rsanet.insertion")
 _MODULES |= dict.fromkeys(("load_model", "load_reference_checkpoint", "save_model"), "rsanet.checkpoints")
 _MODULES |= {"RSANet": "rsanet.network", "prepare_for_sharding": "rsanet.sharding"}
 

@@ -1,4 +1,4 @@
-"""Attention blocks for 3-D networks, and the way to plug one into a network that already exists.
+"""Attention blocks for 3-D networks. `rsanet.insertion` plugs one into a network that already exists.
 
 ``SABlock`` and ``RSABlock`` are the slice-wise attention of RSANet (Zhang et al., MICCAI 2019): they hold the
 parameters, `rsa_kernels` computes. ``NonLocalBlock`` is the baseline of that paper. All three are residual
@@ -9,15 +9,21 @@ sagittal is W. They are anatomically true only for volumes stored as (z, y, x).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
-from rsa_kernels.api import AXIS_NAMES, normalize_axis, recurrent_slice_attention
+from rsa_kernels import reference
+from rsa_kernels.api import AXIS_NAMES, normalize_axis, recurrent_slice_attention, slice_attention
 from rsa_kernels.backends import known
+
+# torch.fx.symbolic_trace keeps each as one call in its graph: the checks inside look at sizes, which it does not know.
+fx.wrap("recurrent_slice_attention")
+fx.wrap("slice_attention")
 
 DEFAULT_AXES = ("coronal", "sagittal", "axial")
 
@@ -48,6 +54,8 @@ def finite_number(name: str, value: Any) -> float:
 
 def _check_volume(x: Tensor, channels: int, block: nn.Module) -> None:
     name = type(block).__name__
+    if isinstance(x, fx.Proxy):  # stands for a tensor that the traced graph will get
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} needs one tensor (N, C, D, H, W), got {type(x).__name__}: pass a single feature map")
     if x.dim() != 5:
@@ -56,11 +64,68 @@ def _check_volume(x: Tensor, channels: int, block: nn.Module) -> None:
         raise ValueError(f"{name} was made for {channels} channels and got {x.shape[1]}: use channels={x.shape[1]}")
 
 
+def _is_plain(conv: nn.Module, channels: int) -> bool:
+    """Whether a projection is the 1x1x1 convolution it was made as, with nothing on it but parametrizations.
+
+    Only then its weight and bias say all that it does.
+    """
+    return (
+        parametrize.type_before_parametrizations(conv) is nn.Conv3d
+        and conv.in_channels == conv.out_channels == channels
+        and conv.kernel_size == conv.stride == (1, 1, 1)
+        and conv.padding == (0, 0, 0)
+        and conv.groups == 1
+        and conv.bias is not None
+        and not (conv._forward_pre_hooks or conv._forward_hooks or conv._backward_pre_hooks or conv._backward_hooks)
+        and "forward" not in conv.__dict__
+    )
+
+
+def _project(conv: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What a projection makes of a volume: the same shape and dtype, whatever the projection is."""
+    if not isinstance(conv, nn.Module):
+        raise TypeError(f"{name} is a {type(conv).__name__}, but must be a module: put a 1x1x1 convolution there")
+    dtype = next((weight.dtype for weight in conv.parameters() if weight.is_floating_point()), x.dtype)
+    out = conv(x.to(dtype))
+    if isinstance(out, fx.Proxy):
+        return out.to(x.dtype)
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        given = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(
+            f"{name} is a {type(conv).__name__} and makes {given} of a volume {tuple(x.shape)}, but attention needs "
+            "the same shape: put a 1x1x1 convolution there that keeps the channels"
+        )
+    return out.to(x.dtype)
+
+
+def _shown(betas: Sequence[Tensor]) -> str:
+    """The betas' values for a repr, or where they are that cannot be read."""
+    if any(beta.is_meta for beta in betas):
+        return "on meta"
+    if any(hasattr(beta, "device_mesh") for beta in betas):  # reading them would be a call that all processes make
+        return "sharded"
+    try:
+        values = tuple(float(f"{beta.item():.4g}") for beta in betas)
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # of a fake or a transformed tensor
+        return "without values"
+    return repr(values)
+
+
+class Betas(nn.ParameterList):
+    """The betas of an RSA block: they start at zero, after ``to_empty`` as well."""
+
+    def reset_parameters(self) -> None:
+        """Sets them to zero."""
+        for beta in self:
+            nn.init.zeros_(beta)
+
+
 class _SliceAttention(nn.Module):
     """The three projections that the slice-wise blocks share.
 
     They are ``Conv3d`` modules so that state_dict keys, shapes and initialisation are the published ones.
-    They are never called: the kernels take their weights.
+    The kernels take their weights. Where something else than a weight decides what a projection does (hooks, pruning,
+    an adapter around it), all three are called instead, once a step, as the published code does.
     """
 
     def __init__(self, channels: int, scale: float, backend: str | None) -> None:
@@ -78,10 +143,24 @@ class _SliceAttention(nn.Module):
             "torch.jit.trace under torch.no_grad()"
         )
 
+    def reset_parameters(self) -> None:
+        """Draws the projections anew and sets the betas to zero: the block is the identity, as when it was made."""
+        for conv in (self.theta_conv, self.phi_conv, self.g_conv):
+            if hasattr(conv, "reset_parameters"):
+                conv.reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.startswith("beta"):
+                nn.init.zeros_(parameter)
+
     def _attend(
         self, x: Tensor, betas: Sequence[Tensor], axes: Sequence[str], recompute: bool, return_maps: bool
     ) -> Any:
         _check_volume(x, self.channels, self)
+        convs = (self.theta_conv, self.phi_conv, self.g_conv)
+        # ONNX has no operator for the kernels: it gets the published equations.
+        to_onnx = (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+        if to_onnx or not all(_is_plain(conv, self.channels) for conv in convs):
+            return self._attend_by_calls(x, betas, axes, return_maps, literally=return_maps or to_onnx)
         return recurrent_slice_attention(
             x,
             self.theta_conv.weight,
@@ -97,6 +176,25 @@ class _SliceAttention(nn.Module):
             return_maps=return_maps,
             backend=self.backend,
         )
+
+    def _attend_by_calls(
+        self, x: Tensor, betas: Sequence[Tensor], axes: Sequence[str], return_maps: bool, literally: bool
+    ) -> Any:
+        """The same with projections that are called."""
+        device = x.device.type
+        known = isinstance(x, Tensor) and torch.amp.is_autocast_available(device)
+        if known and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))  # as the kernels do
+        maps = []
+        for beta, axis in zip(betas, axes, strict=True):
+            volumes = [_project(getattr(self, name), name, x) for name in ("theta_conv", "phi_conv", "g_conv")]
+            if literally:
+                attended, attention = reference.slice_attention(*volumes, normalize_axis(axis), self.scale)
+                maps.append(attention.detach())
+            else:
+                attended = slice_attention(*volumes, axis, scale=self.scale, backend=self.backend)
+            x = (x + beta * attended).to(x.dtype)
+        return (x, maps) if return_maps else x
 
 
 class SABlock(_SliceAttention):
@@ -131,7 +229,8 @@ class SABlock(_SliceAttention):
 
     def extra_repr(self) -> str:
         """Shows the choices that the submodules do not."""
-        return f"channels={self.channels}, axis={self.axis!r}, scale={self.scale}"
+        beta = _shown([self.beta]).strip("(,)")
+        return f"channels={self.channels}, axis={self.axis!r}, scale={self.scale}, beta={beta}"
 
 
 class RSABlock(_SliceAttention):
@@ -148,7 +247,8 @@ class RSABlock(_SliceAttention):
         channels: channels of the volume.
         axes: the axes in order, as names or dims; see the module's note on names.
         scale: factor on the logits; the published block uses 1.
-        recompute: keep only the input and the maps for backward, and recompute the steps between.
+        recompute: keep only the input and the maps for backward, and recompute the steps between. Projections that
+            are called, as hooks, pruning and adapters want it, keep all for backward.
         backend: a backend of `rsa_kernels`; ``None`` leaves the choice to it.
 
     Raises:
@@ -172,7 +272,7 @@ class RSABlock(_SliceAttention):
             raise ValueError(f"axes is empty, but at least one axis is needed: write for example {DEFAULT_AXES}")
         self.axes = tuple(axis_name(axis) for axis in axes)
         self.recompute = bool(recompute)
-        self.betas = nn.ParameterList([nn.Parameter(torch.zeros(())) for _ in self.axes])
+        self.betas = Betas([nn.Parameter(torch.zeros(())) for _ in self.axes])
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends ``(N, C, D, H, W)``; same shape and memory format."""
@@ -184,7 +284,21 @@ class RSABlock(_SliceAttention):
 
     def extra_repr(self) -> str:
         """Shows the choices that the submodules do not."""
-        return f"channels={self.channels}, axes={self.axes}, scale={self.scale}, recompute={self.recompute}"
+        betas = _shown(self.betas)
+        return (
+            f"channels={self.channels}, axes={self.axes}, scale={self.scale}, recompute={self.recompute}, betas={betas}"
+        )
+
+
+class _ZeroConv(nn.Conv3d):
+    """A convolution that starts at zero, after ``to_empty`` as well."""
+
+    def reset_parameters(self) -> None:
+        """Sets weight and bias to zero, and draws as many random numbers as any convolution does."""
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class NonLocalBlock(nn.Module):
@@ -211,9 +325,13 @@ class NonLocalBlock(nn.Module):
         self.theta_conv = nn.Conv3d(channels, inner, kernel_size=1)
         self.phi_conv = nn.Conv3d(channels, inner, kernel_size=1)
         self.g_conv = nn.Conv3d(channels, inner, kernel_size=1)
-        self.out_conv = nn.Conv3d(inner, channels, kernel_size=1)
-        nn.init.zeros_(self.out_conv.weight)
-        nn.init.zeros_(self.out_conv.bias)
+        self.out_conv = _ZeroConv(inner, channels, kernel_size=1)
+
+    def reset_parameters(self) -> None:
+        """Draws the projections anew and sets the last one to zero: the block is the identity, as when it was made."""
+        for conv in (self.theta_conv, self.phi_conv, self.g_conv, self.out_conv):
+            if hasattr(conv, "reset_parameters"):
+                conv.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends ``(N, C, D, H, W)``; same shape."""
@@ -231,173 +349,9 @@ class NonLocalBlock(nn.Module):
         return f"channels={self.channels}, scale={self.scale}"
 
 
-# torch takes this name, which its own wrappers use, out of the names of parameters: torch.distributed.checkpoint then
-# knows the module's parameters, and what the optimizer keeps of them, by the names that they had alone.
-_WRAPPED = "_checkpoint_wrapped_module"
+def __getattr__(name: str) -> Any:
+    if name not in ("WithRSA", "insert_rsa", "remove_rsa"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rsanet import insertion  # which imports this module
 
-
-class WithRSA(nn.Module):
-    """A module followed by an RSA block, with the state_dict keys that the module had alone.
-
-    The block's keys are ``rsa_block.*`` beside the module's own, so a checkpoint of the network without
-    attention still fits (``strict=False``: only the block's keys are missing). Attributes not found here
-    are the module's. Whatever arguments the module takes, it has to return one volume.
-    """
-
-    def __init__(self, module: nn.Module, rsa_block: RSABlock) -> None:
-        super().__init__()
-        self._modules[_WRAPPED] = module
-        self.rsa_block = rsa_block
-        self.train(module.training)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's output after attention."""
-        out = self.module(*args, **kwargs)
-        if not isinstance(out, Tensor):
-            raise TypeError(
-                f"{type(self.module).__name__} returns a {type(out).__name__}, but an RSA block goes behind a module "
-                "that returns one volume (N, C, D, H, W): insert it at a submodule of this one, such as its last stage"
-            )
-        return self.rsa_block(out)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("module", _WRAPPED):  # not there yet while unpickling
-                raise
-            return getattr(self.module, name)
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that the block stands behind."""
-        return super().__getattr__(_WRAPPED)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.module[index]
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As ``nn.Module.state_dict``, with the module's own keys."""
-        destination = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        inner = f"{prefix}{_WRAPPED}."
-        for key in [key for key in destination if key.startswith(prefix)]:
-            # Every key is put back, the unchanged ones too, so that the order stays that of the modules.
-            value = destination.pop(key)
-            destination[prefix + key[len(inner) :] if key.startswith(inner) else key] = value
-        return destination
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = prefix + "rsa_block."
-        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
-            state_dict[f"{prefix}{_WRAPPED}." + key[len(prefix) :]] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _output_channels(module: nn.Module) -> int | None:
-    """The channels that a module puts out, by its own word or that of its last layer."""
-    declared = getattr(module, "out_channels", None)
-    if isinstance(declared, int):
-        return declared
-    for layer in reversed(list(module.modules())):
-        for attribute in ("out_channels", "num_features", "num_channels"):
-            channels = getattr(layer, attribute, None)
-            if isinstance(layer, nn.Module) and isinstance(channels, int):
-                return channels
-    return None
-
-
-def _registrations(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Every place where a network registers a module: its owner and its name there."""
-    for owner in model.modules():
-        for name, child in owner._modules.items():
-            if child is module:
-                yield owner, name
-
-
-def _check_not_held_elsewhere(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Refuses a module that the network also keeps in a plain list, tuple or dict, to run it without a block."""
-    for name, owner in model.named_modules():
-        for attribute, value in vars(owner).items():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-            if attribute != "_modules" and any(entry is module for entry in held):
-                where = f"{name}.{attribute}" if name else attribute
-                raise ValueError(
-                    f"submodule {path!r} is also held by {where}, a plain {type(value).__name__}, and a call through "
-                    "that would pass by the RSA block: insert it at a submodule of this one, such as its last layer"
-                )
-
-
-def _floating_tensors(*modules: nn.Module) -> Iterator[Tensor]:
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                yield tensor
-
-
-def insert_rsa(
-    model: nn.Module,
-    path: str,
-    channels: int | None = None,
-    *,
-    axes: Sequence[int | str] = DEFAULT_AXES,
-    scale: float = 1.0,
-    recompute: bool = False,
-    backend: str | None = None,
-) -> nn.Module:
-    """Puts an RSA block behind a submodule of any 3-D network.
-
-    The submodule's output goes through an ``RSABlock`` on its device and in its dtype. The block starts as
-    the identity, so the network's outputs are unchanged until the betas move. The state_dict keeps its keys
-    and gains ``<path>.rsa_block.*``, under each path where the network registers the submodule under several.
-    The new parameters have to reach the optimizer: insert first, then make the optimizer. ``docs/tutorials/plug-in.md``
-    says which submodules to take in well-known networks.
-
-    Args:
-        model: the network; changed in place.
-        path: the submodule's name as in ``model.named_modules()``, for example ``"encoder.3"``.
-        channels: channels of the submodule's output; inferred from its layers where they tell.
-        axes: see ``RSABlock``.
-        scale: see ``RSABlock``.
-        recompute: see ``RSABlock``.
-        backend: see ``RSABlock``.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        TypeError: If ``model`` is no module or ``path`` no string.
-        ValueError: If there is no such submodule, if it has an RSA block already, if the network also keeps it
-            where it cannot be replaced, or if the channels are unknown.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: pass the network itself")
-    if not isinstance(path, str):
-        raise TypeError(f"path must be a string, not {type(path).__name__}: name a submodule as in named_modules()")
-    module = model
-    for depth, name in enumerate(path.split(".")):
-        if isinstance(module, WithRSA) and name != "rsa_block":  # whose children go by the names that they had alone
-            module = module.module
-        children = dict(module.named_children())
-        if name not in children:
-            where = ".".join(path.split(".")[:depth]) or "the model"
-            raise ValueError(
-                f"there is no submodule {path!r}: {where} has {', '.join(children) or 'no submodules'}; "
-                "name one as in model.named_modules()"
-            )
-        module = children[name]
-    if isinstance(module, WithRSA) or "rsa_block" in dict(module.named_children()):
-        raise ValueError(f"submodule {path!r} already has an RSA block: insert each one once")
-    if channels is None and (channels := _output_channels(module)) is None:
-        raise ValueError(f"the layers of submodule {path!r} do not tell how many channels come out: pass channels=")
-
-    _check_not_held_elsewhere(model, path, module)
-    block = RSABlock(channels, axes, scale=scale, recompute=recompute, backend=backend)
-    like = next(_floating_tensors(module, model), None)
-    if like is not None:
-        block.to(like.device, like.dtype)
-    wrapped = WithRSA(module, block)
-    # MONAI's DynUNet, for one, runs its blocks under other names than those that they are known by.
-    for owner, name in list(_registrations(model, module)):
-        owner._modules[name] = wrapped
-    return model
+    return getattr(insertion, name)

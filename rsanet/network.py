@@ -132,6 +132,12 @@ class RSANet(nn.Module):
         self.attention_blocks[stage] = f"{kind}_block{suffix}"
         self.add_module(self.attention_blocks[stage], block)
 
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as when the network was made: its attention blocks are the identity."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "RSANet":
         """A network by the name the paper gives it, say ``"RSA-111"``; see ``PAPER_CONFIGURATIONS``."""
@@ -206,10 +212,14 @@ class RSANet(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         config = self.config
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(
+                "RSANet takes ways that depend on sizes, which torch.fx.symbolic_trace does not know: use torch.export"
+            )
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"RSANet needs a floating-point tensor, got {kind}: convert the images first")
-        if x.dim() != 5 or x.shape[1] != config["in_channels"] or 0 in x.shape:
+        if x.dim() != 5 or x.shape[1] != config["in_channels"] or 0 in x.shape[1:]:
             raise ValueError(
                 f"RSANet needs a volume (N, {config['in_channels']}, D, H, W), got shape {tuple(x.shape)}: "
                 "stack one channel per contrast, and add the batch dim"

@@ -179,8 +179,11 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         *tensors, betas, axes, scale, keep_inputs, _backend = args
         return reference.recurrent_slice_attention(x, Projections(*tensors), betas, axes, scale, keep_inputs)
 
+    def attention(query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float, _: str) -> tuple[Tensor, Tensor]:
+        return reference.slice_attention(query, key, value, axis, scale)
+
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):
-        return _stripped(program.run_decompositions({ops.block: block}))
+        return _stripped(program.run_decompositions({ops.block: block, ops.attention: attention}))
 
 
 def _stripped(program: ExportedProgram) -> ExportedProgram:

@@ -109,3 +109,30 @@ def test_without_preparing_torch_says_what_it_does_not_shard(tmp_path):
             fully_shard(RSABlock(4))
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")
+def test_a_sharded_network_from_the_meta_device_starts_as_the_identity(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            model = prepare_for_sharding(network())
+        for module in (model[0].rsa_block, model[2], model):
+            fully_shard(module)
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(7)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        assert "betas=sharded" in repr(model)
+        assert "beta=sharded" in repr(model)
+        betas = {key: value for key, value in model.state_dict().items() if "beta" in key}
+        assert len(betas) == 4
+        assert all(value == 0 for value in betas.values())
+        assert not any((parameter == 7).any() for parameter in model.parameters())
+        x = batch()
+        assert torch.equal(model[2](x.expand(-1, 4, -1, -1, -1)), x.expand(-1, 4, -1, -1, -1))
+    finally:
+        distributed.destroy_process_group()

@@ -138,7 +138,7 @@ class Aliased(nn.Module):
 
 
 @pytest.mark.parametrize("path", ["stage", "order.0"])
-def test_a_submodule_is_replaced_everywhere_that_the_network_registers_it(path):
+def test_a_submodule_has_its_block_everywhere_that_the_network_registers_it(path):
     model = insert_rsa(Aliased(), path)
     assert model.stage is model.order[0]
     x = torch.randn(1, 1, 3, 4, 5)
@@ -164,9 +164,12 @@ def test_blocks_go_into_a_submodule_that_has_one_in_any_order():
         insert_rsa(outer, "order.2")
 
 
-def test_a_submodule_that_torch_does_not_see_everywhere_is_refused():
-    with pytest.raises(ValueError, match=r"'stage' is also held by order, a plain list.*pass by the RSA block"):
-        insert_rsa(Aliased(hidden=True), "stage")
+def test_a_submodule_that_runs_from_a_plain_list_has_its_block_there_too():
+    model, x = insert_rsa(Aliased(hidden=True), "stage"), torch.randn(1, 1, 3, 4, 5)
+    with pytest.raises(IndexError):
+        model.order[1]
+    before = model(x)
+    assert not torch.allclose(open_betas(model)(x), before)
 
 
 class Merge(nn.Conv3d):
@@ -198,3 +201,59 @@ def test_torchscript_is_refused_with_advice_and_traced_without_gradients():
         traced = torch.jit.trace(model, x)
         larger = torch.randn(2, 1, 5, 4, 3)
         assert torch.equal(traced(larger), model(larger))
+
+
+SMALL = {
+    "SegResNet": "monai.networks.nets.SegResNet(3, init_filters=8, in_channels=1, out_channels=2)",
+    "SegResNetDS": "monai.networks.nets.SegResNetDS(3, init_filters=8, in_channels=1, out_channels=2)",
+    "AttentionUnet": "monai.networks.nets.AttentionUnet(3, 1, 2, (16, 32, 64), (2, 2))",
+    "BasicUNet": "monai.networks.nets.BasicUNet(2, 1, 2, features=(8, 8, 8, 8, 8, 8))",
+    "DynUNet": "monai.networks.nets.DynUNet(3, 1, 2, [3] * 3, [1, 2, 2], [2] * 2)",
+    "SwinTransformer": "monai.networks.nets.swin_unetr.SwinTransformer("
+    "1, 12, (7, 7, 7), (2, 2, 2), (1, 1, 1, 1), (1, 1, 1, 1))",
+    "DenseNet": "monai.networks.nets.DenseNet(3, 1, 2, init_features=8, growth_rate=4, block_config=(2, 2))",
+    "DenseBlock": "monai.networks.blocks.denseblock.DenseBlock([torch.nn.Conv3d(1, 4, 1)])",
+    "PlainConvUNet": "dynamic_network_architectures.architectures.unet.PlainConvUNet(1, 3, (8, 12, 16), "
+    "torch.nn.Conv3d, 3, [1, 2, 2], 2, 2, 2, conv_bias=True, norm_op=torch.nn.InstanceNorm3d, nonlin=torch.nn.LeakyReLU)",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "error", "words"),
+    [
+        ("SegResNet", "down_layers", ValueError, "a ModuleList, which is never called"),
+        ("SegResNet", "up_layers", ValueError, "a ModuleList, which is never called"),
+        ("DynUNet", "downsamples", ValueError, "a ModuleList, which is never called"),
+        ("SegResNetDS", "encoder", TypeError, "SegResEncoder returns a list"),
+        ("SwinTransformer", None, TypeError, "SwinTransformer returns a list"),
+        ("DenseBlock", None, ValueError, "goes through its children"),
+        ("AttentionUnet", "model.1", ValueError, "do not tell how many channels come out: pass channels= or example="),
+        ("BasicUNet", "down_4", ValueError, "layers for 2-D images"),
+        ("PlainConvUNet", "encoder.stages", ValueError, "never calls submodule 'encoder.stages'"),
+    ],
+)
+def test_places_where_a_block_would_not_run_are_refused(name, path, error, words):
+    model = made(SMALL[name])
+    model, path = (model, path) if path else (nn.Sequential(model), "0")
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(error, match=words):
+        insert_rsa(model, path)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "channels"),
+    [("AttentionUnet", "model.1", 16), ("DenseNet", "features.denseblock1", 16), ("SegResNetDS", "encoder", None)],
+)
+def test_an_example_tells_the_channels_of_any_place(name, path, channels):
+    model, x = made(SMALL[name]), torch.randn(2, 1, 32, 32, 32)
+    if channels is None:
+        with pytest.raises(TypeError, match="returns a list"):
+            insert_rsa(model, path, example=x)
+        return
+    insert_rsa(model, path, example=x)
+    assert model.get_submodule(path).rsa_block.channels == channels
+    with torch.no_grad():
+        before = model.eval()(x)
+        assert not torch.allclose(open_betas(model)(x), before)

@@ -13,7 +13,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from rsanet import RSANet
-from rsanet.attention import WithRSA
+from rsanet.insertion import WithRSA
 from rsanet.integrations.nnunet.network import build_network
 from rsanet.integrations.nnunet.plans import seen_by_blocks, with_rsa
 from rsanet.integrations.nnunet.trainers.rsanet_trainers import nnUNetTrainerRSANet, nnUNetTrainerRSANetPublished

@@ -10,10 +10,11 @@ import pytest
 import torch
 from support import GOLDEN, golden_parameter, golden_tensor
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from rsa_kernels.api import AXIS_NAMES
 from rsanet import NonLocalBlock, RSABlock, SABlock, insert_rsa
-from rsanet.attention import WithRSA
+from rsanet.insertion import WithRSA
 
 
 def open_betas(module, value=0.7):
@@ -337,3 +338,208 @@ class Outputs(nn.Module):
 def test_insert_rsa_errors_say_what_is_wrong(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+# --- what users do to the projections ---
+
+
+class Adapted(nn.Module):
+    """A low-rank adapter around a convolution, as adapter libraries put it there."""
+
+    def __init__(self, conv, dropout=0.0):
+        super().__init__()
+        self.base_layer = conv.requires_grad_(False)
+        self.down = nn.Conv3d(conv.in_channels, 2, 1, bias=False).to(conv.weight.dtype)
+        self.up = nn.Conv3d(2, conv.out_channels, 1, bias=False).to(conv.weight.dtype)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(self.dropout(x)))
+
+
+def published(block, x):
+    """The published equations with projections that are called."""
+    axes = block.axes if isinstance(block, RSABlock) else [block.axis]
+    for beta, axis in zip(block.betas if isinstance(block, RSABlock) else [block.beta], axes, strict=True):
+        dim = AXIS_NAMES[axis]
+        query, key, value = (conv(x).movedim(dim, 1) for conv in (block.theta_conv, block.phi_conv, block.g_conv))
+        attention = torch.softmax(block.scale * query.flatten(2) @ key.flatten(2).transpose(1, 2), -1)
+        x = x + beta * (attention @ value.flatten(2)).view(value.shape).movedim(1, dim)
+    return x
+
+
+def every_weight(block):
+    return [(getattr(block, name), "weight") for name in ("theta_conv", "phi_conv", "g_conv")]
+
+
+CHANGES = {
+    "nothing": lambda block: None,
+    "spectral norm": lambda block: spectral_norm(block.g_conv),
+    "weight norm": lambda block: weight_norm(block.theta_conv),
+    "pruning": lambda block: prune.l1_unstructured(block.g_conv, "weight", 0.5),
+    "pruned bias": lambda block: prune.random_unstructured(block.g_conv, "bias", 0.5),
+    "pruning all": lambda block: prune.global_unstructured(every_weight(block), prune.L1Unstructured, amount=0.5),
+    "parametrization": lambda block: parametrizations.spectral_norm(block.theta_conv),
+    "both": lambda block: prune.l1_unstructured(parametrizations.weight_norm(block.g_conv, "bias"), "weight", 0.5),
+    "adapter": lambda block: setattr(block, "g_conv", Adapted(block.g_conv)),
+    "adapters": lambda block: [setattr(block, n, Adapted(getattr(block, n))) for n in ("theta_conv", "phi_conv")],
+    "no bias": lambda block: setattr(block, "theta_conv", nn.Conv3d(4, 4, 1, bias=False).double()),
+    "larger kernel": lambda block: setattr(block, "g_conv", nn.Conv3d(4, 4, 3, padding=1).double()),
+    "groups": lambda block: setattr(block, "g_conv", nn.Conv3d(4, 4, 1, groups=2).double()),
+    "removed": lambda block: setattr(block, "theta_conv", nn.Identity()),
+    "forward": lambda block: setattr(block.g_conv, "forward", lambda x: 2 * nn.Conv3d.forward(block.g_conv, x)),
+    "hook": lambda block: block.g_conv.register_forward_hook(lambda conv, args, out: out.relu()),
+    "pre-hook": lambda block: block.g_conv.register_forward_pre_hook(lambda conv, args: (args[0].relu(),)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize("make", [lambda: RSABlock(4), lambda: SABlock(4, "coronal", scale=0.5)], ids=["rsa", "sa"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_is_done_to_a_projection_counts(change, make, volume):
+    block = open_betas(seeded(make).double())
+    plain = block(volume.double()).detach()
+    CHANGES[change](block)
+    x = volume.double().requires_grad_()
+    block.eval()  # where power iterations rest
+    torch.testing.assert_close(block(x), published(block, x))
+    assert torch.allclose(block(x), plain) == (change in ("nothing", "weight norm"))  # a norm alone changes no value
+    block.train()
+    parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    for _ in range(2):  # nothing is kept from one step to the next
+        block.zero_grad()
+        block(x).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in parameters)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    block.eval()
+    torch.testing.assert_close(block(x), published(block, x))
+    expected = torch.autograd.grad(published(block, x).square().sum(), parameters, allow_unused=True)
+    for gradient, wanted in zip(torch.autograd.grad(block(x).square().sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-9, rtol=1e-7)
+
+
+def test_a_pruned_checkpoint_is_seen_and_a_norm_is_one(volume):
+    block, other = (open_betas(make().double()) for make in (lambda: RSABlock(4), lambda: RSABlock(4)))
+    for one in (block, other):
+        prune.l1_unstructured(one.g_conv, "weight", 0.5)
+        one(volume.double())
+    other.load_state_dict(block.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(other(volume.double()), block(volume.double()))
+        assert torch.equal(copy.deepcopy(other)(volume.double()), block(volume.double()))
+    prune.remove(other.g_conv, "weight")
+    torch.testing.assert_close(other(volume.double()), block(volume.double()))
+
+    block = open_betas(RSABlock(4))
+    spectral_norm(block.g_conv, n_power_iterations=20)
+    block(volume).sum().backward()
+    assert block.g_conv.weight_orig.grad.any()
+    torch.testing.assert_close(torch.linalg.matrix_norm(block.g_conv.weight.detach().flatten(1), 2), torch.tensor(1.0))
+
+
+def test_hooks_of_projections_fire_once_a_step(volume):
+    block, seen = open_betas(RSABlock(4)), []
+    block.g_conv.register_forward_pre_hook(lambda conv, args: seen.append("before"))
+    block.g_conv.register_forward_hook(lambda conv, args, out: seen.append("after"))
+    block.g_conv.register_full_backward_hook(lambda conv, grad_in, grad_out: seen.append("back"))
+    block(volume.requires_grad_()).sum().backward()
+    assert seen == ["before", "after"] * 3 + ["back"] * 3
+
+
+def test_called_projections_give_the_maps_the_dtypes_and_the_graphs_of_read_ones(volume):
+    block = open_betas(RSABlock(4, axes=("sagittal", "axial")))
+    called = copy.deepcopy(block)
+    called.g_conv.register_forward_pre_hook(lambda conv, args: None)
+    for one, other in zip(called.attention_maps(volume), block.attention_maps(volume), strict=True):
+        torch.testing.assert_close(one, other)
+        assert not one.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert called(volume).dtype == block(volume).dtype == torch.bfloat16
+    half = volume.bfloat16()  # weights of float32
+    torch.testing.assert_close(called(half), block(half), rtol=0.05, atol=0.05)
+    pruned = copy.deepcopy(block)
+    prune.identity(pruned.g_conv, "weight")
+    torch._dynamo.reset()
+    for one in (called, pruned):
+        torch.testing.assert_close(torch.compile(one, fullgraph=True, backend="aot_eager")(volume), block(volume))
+        torch.testing.assert_close(torch.export.export(one, (volume,)).module()(volume), block(volume))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("replacement", "words"),
+    [
+        (nn.Conv3d(4, 2, 1), r"theta_conv is a Conv3d and makes \(2, 2, 5, 3, 6\) of a volume \(2, 4, 5, 3, 6\)"),
+        (nn.Conv3d(4, 4, 3), "theta_conv is a Conv3d and makes .* put a 1x1x1 convolution there"),
+        (nn.Conv3d(4, 4, 1, stride=2), "needs the same shape"),
+        (nn.Flatten(), r"theta_conv is a Flatten and makes \(2, 360\)"),
+        (None, "theta_conv is a NoneType, but must be a module"),
+    ],
+)
+def test_a_projection_that_cannot_serve_is_refused(replacement, words, volume):
+    block = RSABlock(4)
+    block.theta_conv = replacement
+    with pytest.raises((TypeError, ValueError), match=words):
+        block(volume)
+
+
+# --- the start ---
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("first", ["block", "parts"])
+@pytest.mark.parametrize(
+    "make", [lambda: RSABlock(4), lambda: SABlock(4, 2), lambda: NonLocalBlock(4)], ids=["rsa", "sa", "non-local"]
+)
+def test_initialization_from_the_meta_device_ends_as_the_identity(make, first, backwards, volume):
+    with torch.device("meta"):
+        block = make()
+    repr(block)
+    block = block.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in block.parameters():  # what memory held
+            parameter.fill_(7.0)
+    modules = list(block.modules())[:: -1 if backwards else 1]
+    for module in modules:
+        owns = any(True for _ in module.parameters(recurse=False))
+        assert hasattr(module, "reset_parameters") or not owns
+        if hasattr(module, "reset_parameters") and (first == "block" or owns):
+            module.reset_parameters()
+    assert torch.equal(block(volume), volume)
+    assert not any((parameter == 7).any() for parameter in block.parameters())
+    assert block.theta_conv.weight.unique().numel() == block.theta_conv.weight.numel()
+
+
+def test_a_seed_gives_the_parameters_that_it_gave():
+    torch.manual_seed(5)
+    block = NonLocalBlock(4)
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    convs = [nn.Conv3d(4, 2, 1), nn.Conv3d(4, 2, 1), nn.Conv3d(4, 2, 1), nn.Conv3d(2, 4, 1)]
+    assert torch.equal(block.g_conv.weight, convs[2].weight)
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_the_repr_shows_betas_or_where_they_are():
+    block = RSABlock(4)
+    with torch.no_grad():
+        block.betas[1].fill_(0.7)
+    assert "betas=(0.0, 0.7, 0.0)" in repr(block)
+    assert "betas=(0.0, 0.7002, 0.0)" in repr(block.half())
+    assert "betas=on meta" in repr(block.to("meta"))
+    assert "beta=0.0" in repr(SABlock(4, 2))
+    assert "beta=on meta" in repr(SABlock(4, 2).to("meta"))
+    with torch._subclasses.FakeTensorMode():
+        assert "betas=" in repr(RSABlock(4))
+
+
+@pytest.mark.parametrize("make", [lambda: RSABlock(4), lambda: SABlock(4, 2), lambda: NonLocalBlock(4)])
+def test_a_batch_of_none_passes(make):
+    block, x = open_betas(make()), torch.zeros(0, 4, 3, 4, 5, requires_grad=True)
+    out = block(x)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(not parameter.grad.any() for parameter in block.parameters())

@@ -730,3 +730,43 @@ def test_channels_last_is_kept_from_end_to_end_under_mixed_precision(attention):
         model(x)
     assert len(arranged) > 20
     assert all(arranged)
+
+
+# --- meta device, batches of none, symbolic tracing ---
+
+
+@pytest.mark.parametrize("attention", ["rsa", "non_local"])
+@pytest.mark.parametrize("once", [False, True])
+def test_a_network_from_the_meta_device_starts_as_the_identity(attention, once):
+    with torch.device("meta"):
+        model = narrow(attention=attention)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    for module in [model] if once else model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert not any((parameter == 7).any() for parameter in model.parameters())
+    plain = narrow(attention=None)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    x = torch.randn(1, model.config["in_channels"], 9, 8, 7)
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("attention", ["rsa", "non_local", None])
+def test_a_batch_of_none_passes(attention):
+    model = narrow(attention=attention)
+    x = torch.zeros(0, model.config["in_channels"], 8, 9, 7, requires_grad=True)
+    out = model(x)
+    assert out.shape == (0, model.config["out_channels"], 8, 9, 7)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert model.eval()(x).shape == out.shape
+    with pytest.raises(ValueError, match="needs a volume"):
+        model(torch.zeros(1, model.config["in_channels"], 0, 9, 7))
+
+
+def test_symbolic_tracing_is_refused_with_the_way():
+    with pytest.raises(TypeError, match=r"torch\.fx\.symbolic_trace does not know: use torch\.export"):
+        torch.fx.symbolic_trace(narrow())

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from rsanet.attention import insert_rsa
+from rsanet.insertion import insert_rsa
 from rsanet.integrations.nnunet.plans import NETWORK, with_rsa
 
 
