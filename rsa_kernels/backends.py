@@ -210,14 +210,30 @@ def requested(argument: str | None) -> str:
     return known(_environment, f"the environment variable {ENVIRONMENT_VARIABLE}")
 
 
+def resolve(name: str, x: Tensor, axes: Sequence[int] = ()) -> str:
+    """What stands for ``auto`` from here on, in backward too: ``auto:NAME``; any other name as it is."""
+    return f"{AUTO}:{choose(x, axes).backend}" if name == AUTO else name
+
+
+def left_to_auto(name: str) -> bool:
+    """Whether nobody asked for a backend."""
+    return name.startswith(AUTO)
+
+
+def name_of(name: str) -> str:
+    """The backend that a name, resolved or not, stands for."""
+    return name.removeprefix(f"{AUTO}:")
+
+
 def load(name: str, x: Tensor, axes: Sequence[int] = ()) -> ModuleType:
     """The module that runs ``x``: the one that was asked for, or the one that is best for these axes of a block.
 
     Raises:
         RuntimeError: if the one that was asked for cannot run ``x``.
     """
-    if name == AUTO:
-        return module(choose(x, axes).backend)
+    chosen = name_of(resolve(name, x, axes))
+    if chosen != name:
+        return module(chosen)
     if reason := cannot_run(name, x):
         raise RuntimeError(f"backend {name!r} was asked for, but it {reason}")
     return module(name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsa_kernels import group_norm
+from rsanet.convolution import Conv3d, conv3d, is_traced
 
 Norm = str | Sequence[Any]
 
@@ -150,7 +151,7 @@ def is_untouched(conv: nn.Module, size: int) -> bool:
 
     Only such a convolution may be computed by its weight alone, without a call of the module.
     """
-    if type(conv) is not nn.Conv3d or conv.kernel_size != (size,) * 3 or conv.bias is not None:
+    if type(conv) not in (Conv3d, nn.Conv3d) or conv.kernel_size != (size,) * 3 or conv.bias is not None:
         return False
     return not is_hooked(conv)
 
@@ -189,13 +190,8 @@ class ConvPair(nn.Sequential):
             or x.shape[4] % NEIGHBOURS
             or x.shape[4] == NEIGHBOURS
         ):
-            return F.conv3d(x, weight, padding=1)
+            return conv3d(x, weight, padding=(1, 1, 1))
         return narrow_conv(x, weight)
-
-
-def is_traced() -> bool:
-    """Whether a graph is made, in which sizes would be conditions."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def narrow_conv(x: Tensor, weight: Tensor) -> Tensor:
@@ -213,7 +209,7 @@ def narrow_conv(x: Tensor, weight: Tensor) -> Tensor:
     """
     out = weight.shape[0]
     shifted = [F.pad(weight, (place, NEIGHBOURS - 1 - place)) for place in range(NEIGHBOURS)]
-    x = F.conv3d(x, torch.cat(shifted), padding=1, stride=(1, 1, NEIGHBOURS))
+    x = conv3d(x, torch.cat(shifted), padding=(1, 1, 1), stride=(1, 1, NEIGHBOURS))
     return x.unflatten(1, (NEIGHBOURS, out)).permute(0, 2, 3, 4, 5, 1).flatten(4)
 
 
@@ -255,7 +251,7 @@ class ConvUnit(nn.Module):
     ) -> None:
         super().__init__()
         self.order = order
-        self.conv = nn.Conv3d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv = Conv3d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.norm = make_norm(norm, in_channels if order == "norm-relu-conv" else out_channels)
 
     @property
@@ -276,7 +272,7 @@ class ConvUnit(nn.Module):
             x = self.conv(x)
         else:
             of_x, of_below = self.conv.weight.split([x.shape[1], below.shape[1]], 1)
-            x = F.conv3d(x, of_x, padding=1).add_(conv_of_upsampled(below, of_below))
+            x = conv3d(x, of_x, padding=(1, 1, 1)).add_(conv_of_upsampled(below, of_below))
         # What the convolution made belongs to nobody else.
         return normalize(self.norm, x, self.order == "conv-norm-relu", inplace=is_untouched(self.conv, 3))
 
@@ -319,7 +315,7 @@ class ResidualBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv3d(in_channels, out_channels, 1, stride=stride, bias=False),
+                Conv3d(in_channels, out_channels, 1, stride=stride, bias=False),
                 make_norm(norm, out_channels),
             )
 
@@ -340,7 +336,7 @@ class PreActivationBlock(nn.Module):
         self.dropout = nn.Dropout3d(dropout)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
-            self.shortcut = nn.Conv3d(in_channels, out_channels, 1, bias=False)
+            self.shortcut = Conv3d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in, D, H, W)`` to ``(N, out, D, H, W)``."""
@@ -396,7 +392,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.down: nn.Module
         if kind == "conv":
-            self.down = nn.Conv3d(channels, channels, 3, stride=2, padding=1, bias=False)
+            self.down = Conv3d(channels, channels, 3, stride=2, padding=1, bias=False)
         elif kind == "residual":
             self.down = ResidualBlock(channels, channels, norm, stride=2)
         else:
@@ -424,7 +420,7 @@ class Upsample(nn.Module):
             # A 1x1x1 convolution commutes with interpolation; before it, it has an eighth of the voxels to
             # do.
             self.up = nn.Sequential(
-                nn.Conv3d(in_channels, out_channels, 1, bias=False), nn.Upsample(scale_factor=2, mode=kind)
+                Conv3d(in_channels, out_channels, 1, bias=False), nn.Upsample(scale_factor=2, mode=kind)
             )
 
     @property
