@@ -210,7 +210,7 @@ class RSANet(nn.Module):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"RSANet needs a floating-point tensor, got {kind}: convert the images first")
-        if x.dim() != 5 or x.shape[1] != config["in_channels"] or 0 in x.shape:
+        if x.dim() != 5 or x.shape[1] != config["in_channels"] or 0 in x.shape[1:]:
             raise ValueError(
                 f"RSANet needs a volume (N, {config['in_channels']}, D, H, W), got shape {tuple(x.shape)}: "
                 "stack one channel per contrast, and add the batch dim"

@@ -65,7 +65,8 @@ class GroupNorm(nn.GroupNorm):
     """Group norm with paths of its own for channels-last volumes.
 
     On a GPU PyTorch's own makes them contiguous: a network in channels_last_3d would be rearranged around every norm,
-    and around attention. On a CPU it is coarse in float32 and slow in its backward pass.
+    and around attention. On a CPU it is coarse in float32, and its backward pass is slow and not to be relied on. It
+    never sees them: where the C++ extension cannot run, PyTorch's other operations compute the same.
     """
 
     def forward(self, x: Tensor, relu: bool = False, inplace: bool = False) -> Tensor:
@@ -82,8 +83,11 @@ class GroupNorm(nn.GroupNorm):
         if group_norm.can_run(x, self.weight, self.bias):
             options = {"relu": relu, "inplace": inplace}
             return group_norm.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, **options)
-        channels_last = x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
-        if x.is_cuda and channels_last and not x.is_contiguous():
+        if x.dim() != 5:
+            x = super().forward(x.contiguous())
+        elif (is_traced() or len(x)) and (
+            x.is_contiguous(memory_format=torch.channels_last_3d) or not x.is_contiguous()
+        ):
             x = group_norm_channels_last(x, self.num_groups, self.weight, self.bias, self.eps)
         else:
             x = super().forward(x)
@@ -96,7 +100,7 @@ def group_norm_channels_last(
     """``torch.nn.functional.group_norm`` in operations that keep channels_last_3d and the dtype; moments in float32.
 
     Args:
-        x: ``(N, C, D, H, W)`` in channels_last_3d.
+        x: ``(N, C, D, H, W)``, best in channels_last_3d; other strides are right, too.
         num_groups: number of groups of channels.
         weight: ``(C,)`` or None.
         bias: ``(C,)`` or None.
@@ -105,11 +109,11 @@ def group_norm_channels_last(
     Returns:
         The shape, dtype and memory format of ``x``.
     """
-    batch, channels = x.shape[:2]
+    channels = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
         dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))
-        grouped = x.permute(0, 2, 3, 4, 1).reshape(batch, -1, num_groups, channels // num_groups)
+        grouped = x.permute(0, 2, 3, 4, 1).flatten(1, 3).unflatten(2, (num_groups, -1))
         variance, mean = torch.var_mean(grouped, (1, 3), correction=0)
         scale = torch.rsqrt(variance + eps).repeat_interleave(channels // num_groups, 1)
         if weight is not None:
