@@ -40,10 +40,8 @@ def conv3d(
 ) -> Tensor:
     """``torch.nn.functional.conv3d``, by oneDNN where PyTorch leaves it out."""
     if not _leaves_onednn_out(x, weight, bias, stride, padding, dilation, groups):
-        return F.conv3d(
-            x, weight, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups
-        )
-    if x.shape[1] < FEWEST_CHANNELS and max(dilation) == 1:
+        return F.conv3d(x, weight, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    if len(x) == 1 and x.shape[1] < FEWEST_CHANNELS and max(weight.shape[2:]) > 1 and max(dilation) == 1:
         return _in_halves(x, weight, bias, stride, padding, groups)
     return _OneDnn.apply(x, weight, bias, list(stride), list(padding), list(dilation), groups)
 
@@ -82,7 +80,8 @@ def _in_halves(
     x = F.pad(x, (0, 0, 0, 0, before, half * step + needed - before - x.shape[2]))
     halves = torch.cat([x[:, :, :needed], x[:, :, half * step :]])
     out = F.conv3d(halves, weight, bias, stride, (0, *padding[1:]), 1, groups)
-    return out.transpose(0, 1).flatten(1, 2)[None, :, :slices]
+    memory_format = torch.contiguous_format if out.is_contiguous() else torch.channels_last_3d
+    return out.transpose(0, 1).flatten(1, 2)[None, :, :slices].contiguous(memory_format=memory_format)
 
 
 class _OneDnn(torch.autograd.Function):

@@ -37,7 +37,7 @@ from rsanet.segment.volumes import DataWarning, Volume, name_of
 from rsanet.segment.words import sizes
 
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".bin")  # PyTorch's, which may run code when they are opened
-WINDOWS = 2  # per pass; see below why not one
+WINDOWS = 2  # per pass
 OTHER_VOXELS = 1.5  # times as large or as small as those of the training are told of
 FLIPS = [axes for count in range(4) for axes in itertools.combinations((2, 3, 4), count)]
 

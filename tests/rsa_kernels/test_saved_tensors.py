@@ -61,7 +61,9 @@ def test_gradients_do_not_depend_on_the_strides_of_what_was_saved(backend, memor
     upstream = random_volume(SHAPE, seed=2)
     truths = with_gradients(lambda *t: published(*t, scale=0.7), tensors, upstream)[1:]
     for recompute in (False, True):
-        for one, truth in zip(gradients(block(backend, recompute), tensors, upstream, HOOKS[hook]), truths, strict=True):
+        for one, truth in zip(
+            gradients(block(backend, recompute), tensors, upstream, HOOKS[hook]), truths, strict=True
+        ):
             close(one, truth)
     volumes = [random_volume(SHAPE, seed).contiguous(memory_format=memory_format) for seed in range(3)]
     attend = lambda *t: slice_attention(*t, 3, backend=backend)  # noqa: E731
