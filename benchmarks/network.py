@@ -591,6 +591,45 @@ def line(row: Mapping[str, object]) -> str:
     return f"{start} " + ", ".join(words)
 
 
+def compare_batches(turns: int, size: int = 64) -> None:
+    """Prints what a batch of one costs in shares of a batch of two, in training and inference, taken in turns.
+
+    Args:
+        turns: of each.
+        size: of the volumes, along every axis.
+    """
+    network = Source().network().to(memory_format=torch.channels_last_3d)
+    pair = torch.randn(2, 3, size, size, size, generator=torch.Generator().manual_seed(1))
+    pair = pair.contiguous(memory_format=torch.channels_last_3d)
+
+    def infer(volumes: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return network(volumes)
+
+    def train(volumes: Tensor) -> Tensor:
+        network.zero_grad()
+        out = network(volumes)
+        out.square().mean().backward()
+        return out.detach()
+
+    for name, run in (("inference", infer), ("training step", train)):
+        network.train(run is train)
+        times: dict[int, list[float]] = {1: [], 2: []}
+        for turn in range(turns + 2):
+            for batch, kept in times.items():
+                volumes = pair[:batch].contiguous(memory_format=torch.channels_last_3d)
+                start = time.perf_counter()
+                run(volumes)
+                if turn >= 2:
+                    kept.append(time.perf_counter() - start)
+        one, share = statistics.median(times[1]), statistics.median(times[2]) / 2
+        print(f"batches {name} alone {1e3 * one:.0f} ms, share of two {1e3 * share:.0f} ms, ratio {one / share:.3f}")
+    network.eval()
+    masks = infer(pair).argmax(1)
+    lone = torch.cat([infer(volume[None]).argmax(1) for volume in pair])
+    print(f"batches masks differ in {int((masks != lone).sum())} of {masks.numel()} voxels")
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the options; a wrong one ends the process with a sentence and status 2."""
     names = [provider.name for provider in (*TRAINING, *COMPILED)]
@@ -599,6 +638,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="run folder or model file of rsanet train; without: random weights")
     parser.add_argument("--image", type=Path, nargs="+", default=[], help="folder of rsanet simulate, or files")
     parser.add_argument("--providers", nargs="+", choices=names, metavar="NAME", help=f"only these of {names}")
+    parser.add_argument("--batches", action="store_true", help="alone: what a lone volume costs beside one of a pair")
     parser.add_argument("--only", choices=("train", "predict"), help="one of the two")
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="folder of the table (default: benchmarks/results)"
@@ -612,6 +652,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Measures the network and puts rows into the table as they come; 1 if a provider was wrong or failed."""
     arguments = parse(argv)
+    if arguments.batches:
+        compare_batches(5 if arguments.quick else 15)
+        return 0
     source, device = Source(arguments.model, tuple(arguments.image)), here()
     try:
         network = source.network()

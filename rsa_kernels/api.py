@@ -184,8 +184,8 @@ def _check_volume(name: str, volume: object) -> None:
         raise TypeError(f"{name} has dtype {volume.dtype}, but must be float64, float32, bfloat16 or float16")
     if volume.layout != torch.strided:
         raise TypeError(f"{name} has layout {volume.layout}, but must be a dense tensor")
-    if volume.numel() == 0:
-        raise ValueError(f"{name} has shape {tuple(volume.shape)}, but no dim may be empty")
+    if 0 in volume.shape[1:]:
+        raise ValueError(f"{name} has shape {tuple(volume.shape)}, but no dim may be empty, except the batch")
 
 
 def _check_parameter(name: str, parameter: object, x: Tensor) -> None:

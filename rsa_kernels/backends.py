@@ -4,6 +4,7 @@ A reason is one text wherever it appears: in :func:`available_backends`, in an :
 that an explicit choice raises.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ ENVIRONMENT_VARIABLE = "RSA_KERNELS_BACKEND"
 OLDEST_TRITON = (3, 6)
 LONE_CHANNELS, LONE_CHANNELS_VOXELS = 6, 1 << 15
 FEW_CHANNELS = 512
+BFLOAT16_VOXELS = 4
 FLOAT32_CHANNELS, FLOAT32_VOXELS = 64, 1 << 20
 
 # In order of preference. A module is imported when it is first needed.
@@ -150,23 +152,23 @@ def allows_tf32() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _is_at_its_best_in_the_library(x: Tensor) -> str | None:
+def _is_at_its_best_in_the_library(x: Tensor, channels: int, voxels: int) -> str | None:
     """Why no kernels of ours are chosen on a GPU for a dtype, in a sentence; None if they are."""
     if x.dtype == torch.float64:
         return "is not measured against the library's float64 products: ask for it by its name"
-    few, many = x.shape[1] <= FLOAT32_CHANNELS, x.numel() // x.shape[1] >= FLOAT32_VOXELS
+    few, many = channels <= FLOAT32_CHANNELS, voxels >= FLOAT32_VOXELS
     if x.dtype == torch.float32 and few and many and not allows_tf32():
         return "is no faster than the library's products of float32: allow TensorFloat-32, or use bfloat16"
     return None
 
 
-def _is_not_preferred(x: Tensor) -> str | None:
+def _is_not_preferred(x: Tensor, channels: int, voxels: int) -> str | None:
     """Why ``auto`` does not take Triton where it can run, in a sentence; None if it does."""
     if interpreted():
         return "is interpreted here, which is for tests: unset TRITON_INTERPRET"
     if torch.version.hip:
         return "is not tested on AMD GPUs: ask for it by its name"
-    return _is_at_its_best_in_the_library(x)
+    return _is_at_its_best_in_the_library(x, channels, voxels)
 
 
 def known(name: object, source: str = "backend") -> str:
@@ -210,14 +212,30 @@ def requested(argument: str | None) -> str:
     return known(_environment, f"the environment variable {ENVIRONMENT_VARIABLE}")
 
 
+def resolve(name: str, x: Tensor, axes: Sequence[int] = ()) -> str:
+    """What stands for ``auto`` from here on, in backward too: ``auto:NAME``; any other name as it is."""
+    return f"{AUTO}:{choose(x, axes).backend}" if name == AUTO else name
+
+
+def left_to_auto(name: str) -> bool:
+    """Whether nobody asked for a backend."""
+    return name.startswith(AUTO)
+
+
+def name_of(name: str) -> str:
+    """The backend that a name, resolved or not, stands for."""
+    return name.removeprefix(f"{AUTO}:")
+
+
 def load(name: str, x: Tensor, axes: Sequence[int] = ()) -> ModuleType:
     """The module that runs ``x``: the one that was asked for, or the one that is best for these axes of a block.
 
     Raises:
         RuntimeError: if the one that was asked for cannot run ``x``.
     """
-    if name == AUTO:
-        return module(choose(x, axes).backend)
+    chosen = name_of(resolve(name, x, axes))
+    if chosen != name:
+        return module(chosen)
     if reason := cannot_run(name, x):
         raise RuntimeError(f"backend {name!r} was asked for, but it {reason}")
     return module(name)
@@ -251,19 +269,32 @@ def _has_tiles() -> bool:
 
 def _reads_pages_for_lines(x: Tensor, axes: Sequence[int]) -> str | None:
     """Why one step along depth is left to PyTorch where its products are fast enough; the other axes win that back."""
-    if list(axes) == [2] and x.dtype == torch.float32 and x.stride(1) != 1 and _has_tiles():
+    if list(axes) == [2] and x.dtype == torch.float32 and _number(x.stride(1)) != 1 and _has_tiles():
         return "is no faster in one step along depth, for slices far apart in memory, on a processor with AMX"
     return None
 
 
+def _takes_more_calls_than_it_saves(x: Tensor, channels: int, voxels: int, axes: Sequence[int]) -> str | None:
+    """Why the folded algebra in plain PyTorch is left for the equations where a volume is small and wide."""
+    if axes and x.dtype == torch.bfloat16 and voxels < BFLOAT16_VOXELS * channels:
+        return f"takes more and smaller products than the equations do, for {voxels} voxels of {channels} channels"
+    return None
+
+
+def _number(size: int | torch.SymInt) -> int:
+    """A size; one that a compiler leaves open counts as what it was at first, without a condition on it in the graph."""
+    return size if isinstance(size, int) else size.node.hint or 1
+
+
 def choose(x: Tensor, axes: Sequence[int]) -> Explanation:
     """The backend for a volume, by rules that the benchmarks justify; without axes, for attention alone."""
-    channels, voxels = x.shape[1], x.numel() // x.shape[1]
+    batch, channels, *sizes = (_number(size) for size in x.shape)
+    voxels = batch * math.prod(sizes)
     reasons = {
-        "triton": cannot_run("triton", x) or _is_not_preferred(x),
-        "cuda": cannot_run("cuda", x) or _is_at_its_best_in_the_library(x),
+        "triton": cannot_run("triton", x) or _is_not_preferred(x, channels, voxels),
+        "cuda": cannot_run("cuda", x) or _is_at_its_best_in_the_library(x, channels, voxels),
         "cpp": cannot_run("cpp", x) or _fills_few_lanes(channels, voxels, axes) or _reads_pages_for_lines(x, axes),
-        "torch": None,
+        "torch": _takes_more_calls_than_it_saves(x, channels, voxels, axes),
         "reference": None,
     }
     chosen = next(name for name, reason in reasons.items() if reason is None)

@@ -30,7 +30,8 @@ def _weights(weights: Projections, betas: Tensor, dtype: torch.dtype) -> list[Te
 
 def _room(x: Tensor) -> Tensor:
     """Room for a volume with its channels as neighbours, which is quick to read and to write along every axis."""
-    return x.new_empty((x.numel(),))
+    batch, channels, *sizes = x.shape
+    return x.new_empty((batch, *sizes, channels))
 
 
 def _deserves_room(x: Tensor, result: Tensor, axes: Sequence[int]) -> bool:
@@ -90,13 +91,14 @@ def recurrent_slice_attention_backward(
 ) -> Gradients:
     """Gradients of the whole block; see :mod:`rsa_kernels.ops` for the contract that all backends keep."""
     precise = _weights(weights, betas, accumulation_dtype(x.dtype))
+    inputs, maps = ([tensor.contiguous() for tensor in tensors] for tensors in (inputs, maps))
     missing = [_room(x) for _ in range(len(axes) - 1 - len(inputs))]
     grad_x = torch.empty_like(x)
     work = [_room(x)] if _deserves_room(x, grad_x, axes) else []
     need_folded = bool(needs.theta_weight or needs.theta_bias or needs.phi_weight)
     grads = [torch.empty_like(tensor) for tensor in precise]
     _kernels.block_backward(
-        *(grad, x, [*inputs, *missing], len(inputs), maps, precise, axes, scale, work, grad_x),
+        *(grad, x, inputs + missing, len(inputs), maps, precise, axes, scale, work, grad_x),
         *(bool(needs.x), need_folded, bool(needs.g_weight), grads),
     )
     theta_weight, theta_bias, phi_weight, g_weight, g_bias, grad_betas = grads
@@ -115,7 +117,7 @@ def _contract(left: Tensor, right: Tensor, axis: int) -> Tensor:
 def _mix(matrix: Tensor, volume: Tensor, axis: int, like: Tensor, transposed: bool = False) -> Tensor:
     """``sum_j matrix_ij volume_j`` for every sample, in the memory format of ``like``."""
     out = torch.empty_like(like)
-    _kernels.mix(volume, matrix, transposed, axis, out)
+    _kernels.mix(volume, matrix.contiguous(), transposed, axis, out)
     return out
 
 

@@ -219,7 +219,7 @@ def recurrent_slice_attention(
             own = step > 0 or volume.data_ptr() != x.data_ptr()
             out = volume if own and not keep_inputs else volume.new_empty(volume.shape)
             if keep_inputs and step:
-                inputs.append(volume.view(-1))
+                inputs.append(volume)
             maps.append(_forward_step(machine, prepared, beta, volume, axis, out))
             volume = out
         return _unpack(volume, x), maps, inputs
@@ -311,8 +311,7 @@ def recurrent_slice_attention_backward(
         machine = Machine(x.dtype)
         prepared = Weights(machine, weights, betas, scale)
         scalars = prepared.betas.unbind()
-        volumes = [_pack(x)]
-        volumes += [flat.view(volumes[0].shape) for flat in inputs]
+        volumes = [_pack(volume) for volume in (x, *(kept.permute(0, 4, 1, 2, 3) for kept in inputs))]
         for step in range(len(volumes) - 1, len(axes) - 1):
             volume = volumes[-1]
             volumes.append(torch.empty_like(volume))

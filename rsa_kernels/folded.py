@@ -289,12 +289,17 @@ def recurrent_slice_attention(
     out, maps, inputs = x, [], []
     for step, axis in enumerate(axes):
         attention = _attention_map(out, axis, folded)
-        # Without a backward to come, one buffer serves every step.
-        target = torch.empty_like(x) if keep_inputs or step == 0 else out
+        # One buffer serves every step, unless it is kept.
+        target = torch.empty_like(x) if step == 0 else out
+        if keep_inputs and step:
+            kept = out.permute(0, 2, 3, 4, 1)
+            if kept.is_contiguous():
+                target = torch.empty_like(x)
+            else:
+                kept = kept.new_empty(kept.shape).copy_(kept)
+            inputs.append(kept)
         _mix(out, attention, axis, betas[step], folded, target)
         maps.append(attention)
-        if keep_inputs and step:
-            inputs.append(out.as_strided((out.numel(),), (1,)))
         out = target
     return out, maps, inputs
 
@@ -398,8 +403,7 @@ def recurrent_slice_attention_backward(
     dtype = accumulation_dtype(x.dtype)
     folded = Folded.of(weights, scale, dtype)
     precise_betas = betas.to(dtype)
-    strides = torch.empty_like(x, device="meta").stride()
-    inputs = [x, *(flat.as_strided(x.shape, strides) for flat in inputs)]
+    inputs = [x, *(volume.permute(0, 4, 1, 2, 3) for volume in inputs)]
     for step in range(len(inputs) - 1, len(axes) - 1):
         restored = torch.empty_like(x)
         _mix(inputs[-1], maps[step], axes[step], precise_betas[step], folded, restored)

@@ -64,6 +64,7 @@ def group_norm(
     Returns:
         The shape, dtype and memory format of ``x``.
     """
+    x, weight, bias = (None if tensor is None else tensor.resolve_neg() for tensor in (x, weight, bias))
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
         return _GroupNorm.apply(x, weight, bias, num_groups, eps, relu)
     return _forward(x, _weights(x, weight, bias), num_groups, eps, relu, x if inplace else torch.empty_like(x))[0]
@@ -97,6 +98,9 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, moments = ctx.saved_tensors
         groups, eps, relu = ctx.arguments
+        # Hooks on saved tensors promise values, not strides.
+        x = x.resolve_neg().contiguous(memory_format=torch.channels_last_3d)
+        moments = moments.contiguous()
         if torch.is_grad_enabled():  # it is to be differentiated again
             # In PyTorch's operations, whose moments are exact in contiguous memory alone.
             out = F.group_norm(x.contiguous(), groups, weight, bias, eps)
@@ -104,7 +108,7 @@ class _GroupNorm(torch.autograd.Function):
             wanted = [tensor for tensor, need in zip(tensors, ctx.needs_input_grad, strict=False) if need]
             found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
             return *(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None, None
-        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        grad = grad.resolve_neg().contiguous(memory_format=torch.channels_last_3d)
         weights = _weights(x, weight, bias)
         grads = [torch.empty_like(tensor) for tensor in weights]
         grad_x = torch.empty_like(x)

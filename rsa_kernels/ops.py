@@ -8,12 +8,18 @@ The contract of a backend module:
     recurrent_slice_attention(x, weights, betas, axes, scale, keep_inputs) -> out, maps, inputs
         ``x`` ``(N, C, D, H, W)``; ``weights`` a :class:`~rsa_kernels.folding.Projections`; ``betas`` ``(len(axes),)``.
         ``out`` has ``x``'s dtype and memory format; ``maps`` is one ``(N, S, S)`` per axis, float32 (float64 for
-        float64); ``inputs`` holds what steps 2, 3, ... read if ``keep_inputs``, else nothing: one tensor of ``x``'s
-        dtype and number of elements each, ``(x.numel(),)``, in the order that the backend likes: it alone reads them.
+        float64); ``inputs`` holds what steps 2, 3, ... read if ``keep_inputs``, else nothing: one contiguous tensor
+        ``(N, D, H, W, C)`` of ``x``'s dtype each, so that every backend can read what another one kept.
     recurrent_slice_attention_backward(grad, x, inputs, maps, weights, betas, axes, scale, needs) -> Gradients
-        ``grad`` may have any strides and must not be written to; missing ``inputs`` are made again from the maps.
+        ``grad`` must not be written to; missing ``inputs`` are made again from the maps.
     slice_attention(query, key, value, axis, scale) -> out, map
     slice_attention_backward(grad, query, key, value, attention, axis, scale, needs) -> three gradients or None
+
+Every tensor may have any strides, what a forward pass saved too: hooks on saved tensors promise values, not strides. What
+a backend sees has no negative bit and at least one sample; both are seen to here.
+
+The operators' ``backend`` is a name, ``auto``, which leaves each call to :func:`~rsa_kernels.backends.choose`, or what
+:func:`~rsa_kernels.backends.resolve` makes of ``auto`` once for a forward and its backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,16 +71,28 @@ def _conform(result: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(result)
 
 
+def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors whose memory holds their values: kernels read memory, and know nothing of a negative bit."""
+    return [tensor.resolve_neg() if tensor.is_neg() else tensor for tensor in tensors]
+
+
 def _block(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    *tensors, betas, axes, scale, keep_inputs, backend = args
+    *tensors, axes, scale, keep_inputs, backend = args
     kernels = backends.load(backend, x, axes)
+    if not len(x):
+        return _fake_block(x, *args)
+    x, *tensors, betas = _plain((x, *tensors))
     out, maps, inputs = kernels.recurrent_slice_attention(x, Projections(*tensors), betas, axes, scale, keep_inputs)
     return _conform(out, x), maps, inputs
 
 
 def _block_backward(grad: Tensor, x: Tensor, inputs: list[Tensor], maps: list[Tensor], *args: Any) -> list[Tensor]:
-    *tensors, betas, axes, scale, needs, backend = args
+    *tensors, axes, scale, needs, backend = args
     kernels = backends.load(backend, x, axes)
+    if not len(x):
+        return _zeros((x, *tensors), needs)
+    grad, x, *tensors, betas = _plain((grad, x, *tensors))
+    inputs, maps = _plain(inputs), _plain(maps)
     grads = kernels.recurrent_slice_attention_backward(
         grad, x, inputs, maps, Projections(*tensors), betas, axes, scale, Gradients(*needs)
     )
@@ -82,10 +100,18 @@ def _block_backward(grad: Tensor, x: Tensor, inputs: list[Tensor], maps: list[Te
     return [_conform(gradient, tensor) for gradient, tensor, need in wanted if need]
 
 
+def _zeros(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients of a batch without samples."""
+    return [torch.zeros_like(tensor) for tensor, need in zip(tensors, needs, strict=True) if need]
+
+
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, axis: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     kernels = backends.load(backend, query)
+    if not len(query):
+        return _fake_attention(query, key, value, axis, scale, backend)
+    query, key, value = _plain((query, key, value))
     out, weights = kernels.slice_attention(query, key, value, axis, scale)
     return _conform(out, value), weights
 
@@ -102,6 +128,9 @@ def _attention_backward(
     backend: str,
 ) -> list[Tensor]:
     kernels = backends.load(backend, query)
+    if not len(query):
+        return _zeros((query, key, value), needs)
+    grad, query, key, value, attention = _plain((grad, query, key, value, attention))
     grads = kernels.slice_attention_backward(grad, query, key, value, attention, axis, scale, needs)
     wanted = zip(grads, (query, key, value), needs, strict=True)
     return [_conform(gradient, tensor) for gradient, tensor, need in wanted if need]
@@ -126,7 +155,8 @@ def _fake_map(x: Tensor, axis: int) -> Tensor:
 
 def _fake_block(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     *_, axes, _scale, keep_inputs, _backend = args
-    inputs = [x.new_empty((x.numel(),)) for _ in axes[1:]] if keep_inputs else []
+    batch, channels, *sizes = x.shape
+    inputs = [x.new_empty((batch, *sizes, channels)) for _ in axes[1:]] if keep_inputs else []
     return torch.empty_like(x), [_fake_map(x, axis) for axis in axes], inputs
 
 
@@ -190,6 +220,7 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: Any, axes: list[int], scale: float, keep_inputs: bool, backend: str, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        backend = backends.resolve(backend, x, axes)
         out, maps, inputs = _below_autograd(block, _block, x, *tensors, axes, scale, keep_inputs, backend)
         ctx.save_for_backward(x, *tensors, *maps, *inputs)
         ctx.arguments = (axes, scale, backend)
@@ -215,6 +246,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, axis: int, scale: float, backend: str, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
+        backend = backends.resolve(backend, query)
         out, weights = _below_autograd(attention, _attention, query, key, value, axis, scale, backend)
         ctx.save_for_backward(query, key, value, weights)
         ctx.arguments = (axis, scale, backend)
@@ -304,7 +336,7 @@ def _step_flops(shape: Sequence[int], axes: Sequence[int], projections: int, mix
 @register_flop_formula(torch.ops.rsa_kernels.block)
 def _block_flops(x_shape: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     *_, axes, _scale, _keep_inputs, backend = args
-    return _step_flops(x_shape, axes, projections=3 if backend == "reference" else 2, mixes=2)
+    return _step_flops(x_shape, axes, projections=3 if backends.name_of(backend) == "reference" else 2, mixes=2)
 
 
 @register_flop_formula(torch.ops.rsa_kernels.block_backward)

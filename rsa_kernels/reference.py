@@ -64,11 +64,11 @@ def recurrent_slice_attention(
     scale: float = 1.0,
     keep_inputs: bool = True,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The whole block: returns the output, one map per axis, and what the steps after the first read, flat."""
+    """The whole block: returns the output, one map per axis, and what the steps after the first read."""
     maps, inputs = [], []
     for step, axis in enumerate(axes):
         if keep_inputs and step:
-            inputs.append(x.flatten())
+            inputs.append(x.permute(0, 2, 3, 4, 1).contiguous())
         query = project(x, weights.theta_weight, weights.theta_bias)
         key = project(x, weights.phi_weight, weights.phi_bias)
         value = project(x, weights.g_weight, weights.g_bias)

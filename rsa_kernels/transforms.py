@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rsa_kernels import ops, reference
-from rsa_kernels.backends import AUTO
+from rsa_kernels.backends import left_to_auto, resolve
 from rsa_kernels.folding import Gradients, Projections
 from rsa_kernels.ops import has_tangents
 
@@ -34,7 +34,8 @@ def active() -> bool:
 def block(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """As ``ops.block``, without inputs."""
     *tensors, axes, scale, _keep_inputs, backend = args
-    out, *maps = _apply(_Block(backend, scale, axes), _autocast(x), *tensors)
+    x = _autocast(x)
+    out, *maps = _apply(_Block(resolve(backend, x, axes), scale, axes), x, *tensors)
     return out, [attention.detach() for attention in maps], []
 
 
@@ -43,7 +44,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """As ``ops.attention``."""
     volumes = [_autocast(volume) for volume in (query, key, value)]
-    out, attention = _apply(_Attention(backend, scale, [axis]), *volumes)
+    out, attention = _apply(_Attention(resolve(backend, volumes[0]), scale, [axis]), *volumes)
     return out, attention.detach()
 
 
@@ -63,7 +64,7 @@ class _Call:
     """An operator with the arguments that are no tensors.
 
     Attributes:
-        backend: the backend's name, or ``"auto"``.
+        backend: the backend's name, or ``auto`` as it was resolved.
         scale: factor on the logits.
         axes: one axis per step.
         needs: for each of the operator's tensors, whether its gradient is needed.
@@ -96,7 +97,7 @@ class _Call:
 
     def check_plain(self, what: str) -> None:
         """Refuses what there are no kernels for, if kernels were asked for."""
-        if self.backend not in (AUTO, "reference"):
+        if self.backend != "reference" and not left_to_auto(self.backend):
             raise RuntimeError(
                 f"slice-wise attention {what}, for which backend {self.backend!r} has no kernels: call it with "
                 "backend='reference', which is plain PyTorch"
@@ -272,7 +273,7 @@ def _joined(size: int, tensors: Sequence[Tensor], dims: Sequence[int | None]) ->
 
 
 def _parted(size: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.unflatten(0, (size, -1)) for tensor in tensors]
+    return [tensor.unflatten(0, (size, len(tensor) // size)) for tensor in tensors]
 
 
 def _sample_by_sample(
@@ -300,7 +301,7 @@ def _vmap_block(info: Any, in_dims: tuple[Any, ...], x: Tensor, *args: Any) -> A
 def _vmap_block_backward(
     info: Any, in_dims: tuple[Any, ...], grad: Tensor, x: Tensor, _: list[Tensor], maps: list[Tensor], *args: Any
 ) -> Any:
-    # The inputs are in an order that the backend alone knows: it makes them again.
+    # The inputs are not joined: the backend makes them again.
     *weights, axes, scale, needs, backend = args
     call, size, end = _Block(backend, scale, axes, tuple(needs)), info.batch_size, 4 + len(weights)
     volumes, dims = [grad, x, *maps], [in_dims[0], in_dims[1], *in_dims[3]]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rsanet.attention import DEFAULT_AXES, NonLocalBlock, RSABlock
 from rsanet.configuration import PAPER_CONFIGURATIONS, check_configuration
+from rsanet.convolution import Conv3d
 from rsanet.unet import ConvBlock, ConvPair, Downsample, Norm, UpConcat
 
 
@@ -94,7 +95,7 @@ class RSANet(nn.Module):
 
         widths = self.config["channels"]
         bottleneck = len(widths) - 1
-        self.init_conv = nn.Conv3d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.init_conv = Conv3d(in_channels, widths[0], 3, padding=1, bias=False)
         for level in range(bottleneck):
             before = widths[max(level - 1, 0)]
             self.add_module(f"conv{level + 1}", ConvBlock(before, widths[level], norm, block, dropout))
@@ -105,11 +106,11 @@ class RSANet(nn.Module):
             up = UpConcat(widths[level + 1], widths[level], norm, block, dropout, upsample, pad)
             self.add_module(f"up_concat{level + 1}", up)
         self.final = ConvPair(
-            nn.Conv3d(widths[0], widths[0], 3, padding=1, bias=False),
-            nn.Conv3d(widths[0], out_channels, 1, bias=False),
+            Conv3d(widths[0], widths[0], 3, padding=1, bias=False),
+            Conv3d(widths[0], out_channels, 1, bias=False),
         )
         self.deep_heads = nn.ModuleList(
-            nn.Conv3d(width, out_channels, 1, bias=False) for width in widths[1:-1] if deep_supervision
+            Conv3d(width, out_channels, 1, bias=False) for width in widths[1:-1] if deep_supervision
         )
 
         # For each stage that attention follows: the name of the stage, and that of its attention block.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsa_kernels import group_norm
+from rsanet.convolution import Conv3d, conv3d, is_traced
 
 Norm = str | Sequence[Any]
 
@@ -64,7 +65,8 @@ class GroupNorm(nn.GroupNorm):
     """Group norm with paths of its own for channels-last volumes.
 
     On a GPU PyTorch's own makes them contiguous: a network in channels_last_3d would be rearranged around every norm,
-    and around attention. On a CPU it is coarse in float32 and slow in its backward pass.
+    and around attention. On a CPU it is coarse in float32, and its backward pass is slow and not to be relied on. It
+    never sees them: where the C++ extension cannot run, PyTorch's other operations compute the same.
     """
 
     def forward(self, x: Tensor, relu: bool = False, inplace: bool = False) -> Tensor:
@@ -81,8 +83,11 @@ class GroupNorm(nn.GroupNorm):
         if group_norm.can_run(x, self.weight, self.bias):
             options = {"relu": relu, "inplace": inplace}
             return group_norm.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, **options)
-        channels_last = x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
-        if x.is_cuda and channels_last and not x.is_contiguous():
+        if x.dim() != 5:
+            x = super().forward(x.contiguous())
+        elif (is_traced() or len(x)) and (
+            x.is_contiguous(memory_format=torch.channels_last_3d) or not x.is_contiguous()
+        ):
             x = group_norm_channels_last(x, self.num_groups, self.weight, self.bias, self.eps)
         else:
             x = super().forward(x)
@@ -95,7 +100,7 @@ def group_norm_channels_last(
     """``torch.nn.functional.group_norm`` in operations that keep channels_last_3d and the dtype; moments in float32.
 
     Args:
-        x: ``(N, C, D, H, W)`` in channels_last_3d.
+        x: ``(N, C, D, H, W)``, best in channels_last_3d; other strides are right, too.
         num_groups: number of groups of channels.
         weight: ``(C,)`` or None.
         bias: ``(C,)`` or None.
@@ -104,11 +109,11 @@ def group_norm_channels_last(
     Returns:
         The shape, dtype and memory format of ``x``.
     """
-    batch, channels = x.shape[:2]
+    channels = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
         dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))
-        grouped = x.permute(0, 2, 3, 4, 1).reshape(batch, -1, num_groups, channels // num_groups)
+        grouped = x.permute(0, 2, 3, 4, 1).flatten(1, 3).unflatten(2, (num_groups, -1))
         variance, mean = torch.var_mean(grouped, (1, 3), correction=0)
         scale = torch.rsqrt(variance + eps).repeat_interleave(channels // num_groups, 1)
         if weight is not None:
@@ -150,7 +155,7 @@ def is_untouched(conv: nn.Module, size: int) -> bool:
 
     Only such a convolution may be computed by its weight alone, without a call of the module.
     """
-    if type(conv) is not nn.Conv3d or conv.kernel_size != (size,) * 3 or conv.bias is not None:
+    if type(conv) not in (Conv3d, nn.Conv3d) or conv.kernel_size != (size,) * 3 or conv.bias is not None:
         return False
     return not is_hooked(conv)
 
@@ -189,13 +194,8 @@ class ConvPair(nn.Sequential):
             or x.shape[4] % NEIGHBOURS
             or x.shape[4] == NEIGHBOURS
         ):
-            return F.conv3d(x, weight, padding=1)
+            return conv3d(x, weight, padding=(1, 1, 1))
         return narrow_conv(x, weight)
-
-
-def is_traced() -> bool:
-    """Whether a graph is made, in which sizes would be conditions."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def narrow_conv(x: Tensor, weight: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def narrow_conv(x: Tensor, weight: Tensor) -> Tensor:
     """
     out = weight.shape[0]
     shifted = [F.pad(weight, (place, NEIGHBOURS - 1 - place)) for place in range(NEIGHBOURS)]
-    x = F.conv3d(x, torch.cat(shifted), padding=1, stride=(1, 1, NEIGHBOURS))
+    x = conv3d(x, torch.cat(shifted), padding=(1, 1, 1), stride=(1, 1, NEIGHBOURS))
     return x.unflatten(1, (NEIGHBOURS, out)).permute(0, 2, 3, 4, 5, 1).flatten(4)
 
 
@@ -255,7 +255,7 @@ class ConvUnit(nn.Module):
     ) -> None:
         super().__init__()
         self.order = order
-        self.conv = nn.Conv3d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv = Conv3d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.norm = make_norm(norm, in_channels if order == "norm-relu-conv" else out_channels)
 
     @property
@@ -276,7 +276,7 @@ class ConvUnit(nn.Module):
             x = self.conv(x)
         else:
             of_x, of_below = self.conv.weight.split([x.shape[1], below.shape[1]], 1)
-            x = F.conv3d(x, of_x, padding=1).add_(conv_of_upsampled(below, of_below))
+            x = conv3d(x, of_x, padding=(1, 1, 1)).add_(conv_of_upsampled(below, of_below))
         # What the convolution made belongs to nobody else.
         return normalize(self.norm, x, self.order == "conv-norm-relu", inplace=is_untouched(self.conv, 3))
 
@@ -319,7 +319,7 @@ class ResidualBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv3d(in_channels, out_channels, 1, stride=stride, bias=False),
+                Conv3d(in_channels, out_channels, 1, stride=stride, bias=False),
                 make_norm(norm, out_channels),
             )
 
@@ -340,7 +340,7 @@ class PreActivationBlock(nn.Module):
         self.dropout = nn.Dropout3d(dropout)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
-            self.shortcut = nn.Conv3d(in_channels, out_channels, 1, bias=False)
+            self.shortcut = Conv3d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in, D, H, W)`` to ``(N, out, D, H, W)``."""
@@ -396,7 +396,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.down: nn.Module
         if kind == "conv":
-            self.down = nn.Conv3d(channels, channels, 3, stride=2, padding=1, bias=False)
+            self.down = Conv3d(channels, channels, 3, stride=2, padding=1, bias=False)
         elif kind == "residual":
             self.down = ResidualBlock(channels, channels, norm, stride=2)
         else:
@@ -424,7 +424,7 @@ class Upsample(nn.Module):
             # A 1x1x1 convolution commutes with interpolation; before it, it has an eighth of the voxels to
             # do.
             self.up = nn.Sequential(
-                nn.Conv3d(in_channels, out_channels, 1, bias=False), nn.Upsample(scale_factor=2, mode=kind)
+                Conv3d(in_channels, out_channels, 1, bias=False), nn.Upsample(scale_factor=2, mode=kind)
             )
 
     @property

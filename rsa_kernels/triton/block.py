@@ -70,11 +70,6 @@ def rows_of(volume: Tensor) -> Tensor:
     return volume.permute(0, 2, 3, 4, 1).reshape(-1, volume.shape[1])
 
 
-def _unflat(flat: Tensor, shape: torch.Size) -> Tensor:
-    batch, channels, depth, height, width = shape
-    return flat.view(batch, depth, height, width, channels).permute(0, 4, 1, 2, 3)
-
-
 def _row(volume: Tensor) -> int:
     """Elements from a voxel to the next in memory."""
     return volume.stride(0) if volume.dim() == 2 else volume.shape[1]
@@ -508,7 +503,7 @@ def recurrent_slice_attention(
             own = step > 0 or volume.data_ptr() != x.data_ptr()
             target = volume if own and not keep_inputs else None
             if keep_inputs and step:
-                inputs.append(rows_of(volume).reshape(-1))
+                inputs.append(volume.permute(0, 2, 3, 4, 1))
             volume, attention = _forward_step(machine, prepared, step, volume, axis, target)
             maps.append(attention)
         return unpack(volume, x, device, stream), maps, inputs
@@ -678,7 +673,8 @@ def recurrent_slice_attention_backward(
     with OnDevice(x) as (device, stream):
         machine = Machine(x, device, stream, (*weights, betas))
         prepared = Weights(machine, weights, betas, scale)
-        volumes = [pack(volume, device, stream) for volume in (x, *(_unflat(flat, x.shape) for flat in inputs))]
+        volumes = [pack(volume, device, stream) for volume in (x, *(kept.permute(0, 4, 1, 2, 3) for kept in inputs))]
+        maps = [attention.contiguous() for attention in maps]
         for step in range(len(volumes) - 1, len(axes) - 1):
             volumes.append(_remix(machine, prepared, step, volumes[-1], maps[step], axes[step]))
 
@@ -743,6 +739,7 @@ def slice_attention_backward(
         machine = Machine(query, device, stream)
         shape = geometry(machine.shape, axis)
         upstream = pack(grad, device, stream)
+        attention = attention.contiguous()
         grads: list[Tensor | None] = [None, None, None]
 
         def mix(matrix: Tensor, volume: Tensor, like: Tensor, transposed: bool) -> Tensor:

@@ -38,8 +38,7 @@ from rsanet.segment.volumes import DataWarning, Volume, name_of
 from rsanet.segment.words import sizes
 
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".bin")  # PyTorch's, which may run code when they are opened
-WINDOWS = 2  # per pass; see below why not one
-NARROW = 20480  # torch takes its slow kernel for a lone volume with up to so many channels × depth × height
+WINDOWS = 2  # per pass
 OTHER_VOXELS = 1.5  # times as large or as small as those of the training are told of
 FLIPS = [axes for count in range(4) for axes in itertools.combinations((2, 3, 4), count)]
 
@@ -84,10 +83,6 @@ def lesion_probability(
     device = next(network.parameters()).device
 
     def predict_windows(windows: Tensor) -> Tensor:
-        width = network.config["channels"][0] if isinstance(network, RSANet) else windows.shape[1]
-        if device.type == "cpu" and len(windows) == 1 and width * math.prod(windows.shape[2:4]) <= NARROW:
-            # torch leaves narrow convolutions of a single volume to a kernel that is ten times slower.
-            return predict_windows(windows.repeat(2, 1, 1, 1, 1))[:1]
         mean: Tensor | None = None
         for axes in FLIPS if flips else FLIPS[:1]:
             with precision.autocast(device):

@@ -1,0 +1,105 @@
+"""Convolutions that cost a sample as much, and keep its memory format, whether it comes alone or with others.
+
+PyTorch leaves float32 convolutions of one small volume on a CPU to a kernel of its own. That takes up to five times as
+long as oneDNN, and returns contiguous memory: a network in channels_last_3d is rearranged around it. Here oneDNN
+computes them, as it does for several volumes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+_PLAIN = (Tensor, nn.Parameter)
+_ONES, _ZEROS = (1, 1, 1), (0, 0, 0)
+
+# With fewer channels oneDNN is slow in the one backward pass that PyTorch lets it have for a lone volume.
+FEWEST_CHANNELS = 16
+
+
+class Conv3d(nn.Conv3d):
+    """``torch.nn.Conv3d``, computed by :func:`conv3d`."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return super()._conv_forward(input, weight, bias)
+        return conv3d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = _ONES,
+    padding: Sequence[int] = _ZEROS,
+    dilation: Sequence[int] = _ONES,
+    groups: int = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv3d``, by oneDNN where PyTorch leaves it out."""
+    if not _leaves_onednn_out(x, weight, bias, stride, padding, dilation, groups):
+        return F.conv3d(x, weight, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    if len(x) == 1 and x.shape[1] < FEWEST_CHANNELS and max(weight.shape[2:]) > 1 and max(dilation) == 1:
+        return _in_halves(x, weight, bias, stride, padding, groups)
+    return _OneDnn.apply(x, weight, bias, list(stride), list(padding), list(dilation), groups)
+
+
+def is_traced() -> bool:
+    """Whether a graph is made, in which sizes would be conditions."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _leaves_onednn_out(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> bool:
+    """Whether PyTorch takes its own kernel, and nothing comes in between that would have to see a convolution."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if is_traced() or x.dtype != torch.float32 or x.dim() != 5 or x.device.type != "cpu":
+        return False
+    if any(type(tensor) not in _PLAIN or tensor.dtype != x.dtype for tensor in tensors):
+        return False
+    if torch.is_autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    stride, padding, dilation, groups = options
+    chosen = torch._C._select_conv_backend(x, weight, bias, stride, padding, dilation, False, _ZEROS, groups)
+    return chosen == torch._C._ConvBackend.Slow3d
+
+
+def _in_halves(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> Tensor:
+    """The convolution of a lone volume as that of its upper and its lower half, which are two volumes."""
+    size, step, before = weight.shape[2], stride[0], padding[0]
+    slices = (x.shape[2] + 2 * before - size) // step + 1
+    half = -(-slices // 2)
+    needed = (half - 1) * step + size
+    x = F.pad(x, (0, 0, 0, 0, before, half * step + needed - before - x.shape[2]))
+    halves = torch.cat([x[:, :, :needed], x[:, :, half * step :]])
+    out = F.conv3d(halves, weight, bias, stride, (0, *padding[1:]), 1, groups)
+    memory_format = torch.contiguous_format if out.is_contiguous() else torch.channels_last_3d
+    return out.transpose(0, 1).flatten(1, 2)[None, :, :slices].contiguous(memory_format=memory_format)
+
+
+class _OneDnn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = options
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        stride, padding, dilation, groups = options
+        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.options
+        # oneDNN is taken for a tensor of its own, whatever its size; but that can be differentiated once alone.
+        volume = x if torch.is_grad_enabled() else x.detach().to_mkldnn()
+        needs = list(ctx.needs_input_grad[:3])
+        options = (stride, padding, dilation, False, [0, 0, 0], groups, needs)
+        grads = torch.ops.aten.convolution_backward(grad, volume, weight, ctx.bias_sizes, *options)
+        return *grads, None, None, None, None

@@ -1,0 +1,162 @@
+"""A convolution of one volume takes oneDNN's path, as that of several does: same values, format and derivatives."""
+
+import copy
+import io
+
+import pytest
+import torch
+from support import random_volume, relative_error
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from rsanet import RSANet
+from rsanet.convolution import Conv3d, conv3d
+
+CHANNELS_LAST = torch.channels_last_3d
+FORMATS = [torch.contiguous_format, CHANNELS_LAST]
+# Few channels and many, even and odd depths, one slice; kernel, stride, padding.
+SHAPES = [(3, 6, 5, 4), (3, 5, 4, 3), (2, 1, 3, 4), (17, 4, 3, 5), (20, 1, 2, 2)]
+OPTIONS = [(3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (2, 2, 0)]
+
+
+def case(shape, size, memory_format=CHANNELS_LAST, bias=True):
+    torch.manual_seed(0)
+    x = random_volume((1, *shape)).float().contiguous(memory_format=memory_format)
+    weight = random_volume((4, shape[0], size, size, size), 2).float().contiguous(memory_format=memory_format)
+    return [x, weight, random_volume((4,), 3).float() if bias else None]
+
+
+def gradients(function, tensors):
+    leaves = [None if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+    leaves = [leaf if leaf is None else leaf.requires_grad_() for leaf in leaves]
+    out = function(*leaves)
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    return [out, *torch.autograd.grad(out, wanted, random_volume(out.shape, 5).to(out))]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_a_lone_volume_is_convolved_with_all_gradients(memory_format, shape, options):
+    size, stride, padding = options
+    if min(shape[1:]) + 2 * padding < size:
+        shape = (shape[0], *(max(length, size) for length in shape[1:]))
+    for bias in (True, False):
+        tensors = case(shape, size, memory_format, bias)
+        rest = ((stride,) * 3, (padding,) * 3)
+        found = gradients(lambda *t: conv3d(*t, *rest), tensors)  # noqa: B023
+        with torch.no_grad():
+            assert torch.equal(conv3d(*tensors, *rest), found[0])
+        truths = gradients(lambda *t: F.conv3d(*t, *rest), [t if t is None else t.double() for t in tensors])  # noqa: B023
+        assert found[0].is_contiguous(memory_format=memory_format)
+        for one, truth in zip(found, truths, strict=True):
+            assert one.shape == truth.shape
+            assert relative_error(one, truth) < 2e-6 or truth.norm() == 0
+
+
+@pytest.mark.parametrize("channels", [3, 17])
+def test_no_convolution_of_a_lone_volume_is_left_to_the_plain_kernel(channels):
+    """The profiler sees which kernels ran, forward and backward."""
+    x, weight, _ = case((channels, 6, 5, 4), 3, bias=False)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+
+    def ran(function):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            torch.autograd.grad(function(*leaves, None, (1, 1, 1), (1, 1, 1)).sum(), leaves)
+        return {event.key for event in profile.key_averages()}
+
+    assert any("slow_conv3d" in name for name in ran(F.conv3d))
+    names = ran(conv3d)
+    assert not any("slow_conv3d" in name for name in names)
+    assert "aten::mkldnn_convolution" in names
+
+
+@pytest.mark.parametrize("channels", [3, 17])
+def test_second_derivatives_and_transforms(channels):
+    x, weight, bias = case((channels, 4, 3, 2), 3)
+    rest = ((1, 1, 1), (1, 1, 1))
+
+    def twice(conv):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        first = torch.autograd.grad(conv(*leaves, *rest).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
+
+    for one, truth in zip(twice(conv3d), twice(F.conv3d), strict=True):
+        assert relative_error(one, truth.double()) < 1e-4
+    loss = lambda conv: lambda x: conv(x, weight, bias, *rest).square().sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss(conv3d))(x), torch.func.grad(loss(F.conv3d))(x))
+    torch.testing.assert_close(torch.func.vmap(loss(conv3d))(x[None]), torch.func.vmap(loss(F.conv3d))(x[None]))
+    torch.testing.assert_close(torch.func.jvp(loss(conv3d), (x,), (x,)), torch.func.jvp(loss(F.conv3d), (x,), (x,)))
+
+
+@pytest.mark.parametrize("channels", [3, 17])
+def test_the_module_is_torchs_in_all_but_speed(channels):
+    torch.manual_seed(0)
+    ours = Conv3d(channels, 4, 3, padding=1)
+    theirs = nn.Conv3d(channels, 4, 3, padding=1)
+    theirs.load_state_dict(ours.state_dict())
+    x = random_volume((1, channels, 4, 3, 2)).float()
+    assert repr(ours) == repr(theirs)
+    close = torch.testing.assert_close
+    close(copy.deepcopy(ours)(x), theirs(x), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x), theirs(x))
+    with FlopCounterMode(display=False) as counter:
+        ours(x)
+    assert counter.get_total_flops() == 2 * 27 * channels * 4 * 24
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    close(compiled(x), theirs(x), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+    traced = torch.jit.load(io.BytesIO(_saved(torch.jit.trace(ours, x))))
+    close(traced(torch.cat([x, x])), theirs(torch.cat([x, x])), rtol=1e-4, atol=1e-5)
+    again = checkpoint(ours, x.requires_grad_(), use_reentrant=False)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t,
+        lambda t: t.clone().transpose(2, 4).contiguous().transpose(2, 4) if t.dim() == 5 and t.shape == x.shape else t,
+    ):
+        hooked = ours(x)
+    for out in (again, hooked):
+        close(torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(theirs(x).sum(), x)[0], rtol=1e-4, atol=1e-5)
+    assert ours(x[:0]).shape == (0, 4, 4, 3, 2)
+    close(ours(torch._neg_view(x)), theirs(-x), rtol=1e-4, atol=1e-5)
+    for module in (ours, theirs):
+        nn.utils.parametrizations.weight_norm(module)
+        module.register_forward_hook(lambda module, inputs, out: 2 * out)
+    close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def _saved(traced):
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("choice", [{}, {"block": "residual", "downsample": "residual"}, {"block": "pre_activation"}])
+def test_a_lone_volume_keeps_its_format_throughout_the_network(choice):
+    torch.manual_seed(0)
+    model = RSANet(2, 2, (8, 16, 32), **choice).to(memory_format=CHANNELS_LAST).eval()
+    x = random_volume((2, 2, 12, 9, 11)).float().contiguous(memory_format=CHANNELS_LAST)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            module.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    with torch.no_grad():
+        alone = [model(x[:1]), model(x[1:])]
+        assert all(out.is_contiguous(memory_format=CHANNELS_LAST) for out in seen)
+        together = model(x)
+    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.cat(alone).argmax(1), together.argmax(1))
+
+
+@pytest.mark.parametrize("attention", ["rsa", "non_local", None])
+def test_an_empty_batch_passes_through_the_network(attention):
+    model = RSANet(2, 2, (8, 16), attention=attention)
+    for memory_format in FORMATS:
+        x = torch.empty(0, 2, 6, 5, 4).contiguous(memory_format=memory_format).requires_grad_()
+        out = model(x)
+        out.sum().backward()
+        assert out.shape == (0, 2, 6, 5, 4)
+        assert x.grad.shape == x.shape
+        assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
