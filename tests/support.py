@@ -18,6 +18,12 @@ FORMATS = [torch.contiguous_format, torch.channels_last_3d]
 WEIGHTS = ("theta_conv.weight", "theta_conv.bias", "phi_conv.weight", "phi_conv.bias", "g_conv.weight", "g_conv.bias")
 
 
+def shared_data():
+    """The folder of real scans, ``shared/data`` beside the checkout or beside a folder above it; None without one."""
+    places = (folder / "shared" / "data" for folder in Path(__file__).resolve().parents)
+    return next((place for place in places if place.is_dir()), None)
+
+
 def golden_tensor(name, shape):
     """The float64 tensor that the golden files' recipe makes from a name."""
     return torch.from_numpy(np.asarray(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)))
