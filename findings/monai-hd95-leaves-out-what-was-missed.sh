@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MONAI 1.6.1 (with torch 2.13.0)
+# MONAI 1.6.1 (with torch 2.13.0 and scipy 1.17.1)
 #
 # Expected: a case of which nothing was found has the worst Hausdorff distance there is, at whatever percentile, and a
 #           mean over cases shows it.
@@ -17,7 +17,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 monai==1.6.1 >&2
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 monai==1.6.1 scipy==1.17.1 >&2
 cd "$folder"
 venv/bin/python -W ignore - <<'PYTHON'
 import math

@@ -4,15 +4,15 @@
 # Expected: the same oblique scan, its affine once in double precision and once rounded to the 32 bits of a NIfTI-1
 #           header, gives the same volume when it is resampled to another voxel size, but for rounding.
 # Happens:  Spacing puts the first voxel of the new grid on a corner of the old one, where it recognizes one: by a
-#           comparison with 0, in which a relative tolerance has no effect and 1e-8 is left. An affine whose seventh
-#           digit is rounded is not recognized, and the grid is centred instead. Here it moves by 0.4 mm, and the voxels
-#           by up to a half of their range.
+#           comparison with 0, in which a relative tolerance has no effect and 1e-8 is left. An affine whose eighth
+#           digit is rounded is not recognized, and the grid is centred instead. Here it moves by 0.7 mm, and voxels
+#           change by up to half of their range.
 # Hit:      whoever resamples oblique scans of unequal voxel sizes: sform and qform of one file, a NIfTI-1 and a NIfTI-2
 #           copy, or two contrasts of a session get grids that lie a part of a voxel apart.
 #
 # Output seen:
 #   MONAI 1.6.1, torch 2.13.0+cpu
-#   affines differ by 2e-08; origins of the new grids by 0.40 mm; voxels by up to 0.45 of a range of 1
+#   affines differ by 2e-08; origins of the new grids by 0.73 mm; voxels by up to 0.49 of a range of 1
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

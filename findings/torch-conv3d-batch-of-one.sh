@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# torch 2.13.0, on a CPU
+# torch 2.13.0, on an x86 CPU
 #
 # Expected: a volume goes through conv3d as it does beside a copy of itself: the same numbers, and channels_last_3d stays
 #           channels_last_3d.
-# Happens:  in float32, a batch of one whose channels × depth × height are few (up to 20480 here) is convolved by another
-#           routine. The result is contiguous, and its last bits are others than in a batch of two. The next batch-of-one
-#           convolution with more channels keeps the format. bfloat16 and larger volumes are not concerned.
+# Happens:  in float32, a batch of one whose channels × depth × height are few (up to 20480, with kernels of 3) is
+#           convolved by another routine. The result is contiguous, and its last bits are others than in a batch of two.
+#           With more channels or a larger volume the format is kept.
 # Hit:      whoever segments one scan at a time on a CPU: layers that are fast in channels_last_3d fall back to slow ones
 #           behind such a convolution, and a mask may depend on how many windows were predicted at once.
 #
