@@ -112,7 +112,8 @@ class Storage:
         stored = np.round(turned / self.slope) + self.offset
         kind = np.dtype(self.dtype)
         if kind.kind in "iu":
-            assert stored.min() >= np.iinfo(kind).min and stored.max() <= np.iinfo(kind).max, "a wrong test"
+            least, most = np.iinfo(kind).min, np.iinfo(kind).max
+            assert least <= stored.min() <= stored.max() <= most, "the test's own storage does not hold the values"
         stored = stored.astype(kind).reshape(stored.shape + (1,) * (self.dimensions - 3))
         make = nib.Nifti1Image if self.version == 1 else nib.Nifti2Image
         header = make.header_class(endianness=">" if kind.byteorder == ">" else "<")

@@ -89,7 +89,7 @@ def head_voxels(image, affine, shape):
 
 
 @pytest.mark.parametrize("air", [False, True])
-@settings(fixed, max_examples=50)
+@settings(fixed, max_examples=40)
 @given(st.data(), affines(), st.integers(0, 5))
 def test_lesions_lie_at_the_same_places_however_the_scans_are_stored(air, data, space, seed):
     affine, rigid = space
@@ -112,21 +112,22 @@ def test_lesions_lie_at_the_same_places_however_the_scans_are_stored(air, data, 
     assert found.load_mm3 == pytest.approx(head.lesions.sum() * abs(np.linalg.det(affine[:3, :3])), rel=1e-5)
 
 
-@settings(fixed, max_examples=60)
+@settings(fixed, max_examples=40)
 @given(st.data(), affines(), st.integers(0, 5), st.sampled_from(["custom", "isbi2015", "msseg2016"]))
 def test_the_numbers_are_the_same_however_the_masks_are_stored(data, space, seed, protocol):
     affine, rigid = space
     head = make_head(seed)
     with tempfile.TemporaryDirectory() as folder:
         margin = data.draw(st.sampled_from([NONE, ((1, 2), (0, 3), (2, 0))]))
-        places_of = [Path(folder) / name for name in ("base", "base-ref", "pred", "ref", "flair")]
+        masks = head.other, head.lesions
+        files = [Path(folder) / name for name in ("base", "base-ref", "pred", "ref", "flair")]
         plain = Storage(dtype="<u1", version=2, forms="sform")
-        base = [plain.save(path, mask, affine) for path, mask in zip(places_of[:2], (head.other, head.lesions))]
+        base = [plain.save(path, mask, affine) for path, mask in zip(files[:2], masks, strict=True)]
         pred, ref = (
             data.draw(storages(rigid, margin, values=1), what).save(path, mask, affine)
-            for path, mask, what in zip(places_of[2:4], (head.other, head.lesions), ("prediction", "reference"))
+            for path, mask, what in zip(files[2:4], masks, ("prediction", "reference"), strict=True)
         )
-        flair = data.draw(storages(rigid, margin), "FLAIR").save(places_of[4], head.images["FLAIR"], affine)
+        flair = data.draw(storages(rigid, margin), "FLAIR").save(files[4], head.images["FLAIR"], affine)
         with warnings.catch_warnings():
             warnings.simplefilter("error", DataWarning)
             numbers, wanted = evaluate(pred, ref, protocol=protocol), evaluate(*base, protocol=protocol)
@@ -164,7 +165,7 @@ def distances(head, affine):
     return max(np.percentile(there, 95), np.percentile(back, 95)), np.concatenate([there, back]).mean()
 
 
-@settings(fixed, max_examples=40)
+@settings(fixed, max_examples=30)
 @given(st.data(), affines(), st.integers(0, 5))
 def test_training_takes_a_mask_on_the_images_voxels_however_it_is_stored(data, space, seed):
     affine, rigid = space
@@ -185,7 +186,7 @@ def test_training_takes_a_mask_on_the_images_voxels_however_it_is_stored(data, s
     assert np.array_equal(ready["mask"][0].numpy() > 0, lesions)
 
 
-@settings(fixed, max_examples=15)
+@settings(fixed, max_examples=12)
 @given(st.data(), affines(sizes=(0.9, 1.0, 1.2)), st.integers(0, 5))
 def test_lesions_of_a_model_with_its_own_voxel_size_do_not_turn_with_the_axes(data, space, seed):
     affine, rigid = space
