@@ -55,11 +55,11 @@ def tissue_mask(voxels: np.ndarray) -> np.ndarray:
     shown, dim = _standing_out(np.where(finite, voxels, 0).astype(np.float32), finite)
     if shown is None:
         return finite
-    tissue = _filled(_without_specks(shown))
+    tissue = _without_specks(shown)
     if dim is not None:
         near = _around(tissue, 1) > 0
-        tissue = _filled(tissue | (dim & (_around(near, 1, beyond=True) == 27)))
-    return tissue & finite
+        tissue = tissue | (dim & (_around(near, 1, beyond=True) == 27))
+    return _filled(tissue) & finite
 
 
 def _standing_out(voxels: np.ndarray, region: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
