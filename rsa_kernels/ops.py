@@ -15,8 +15,8 @@ The contract of a backend module:
     slice_attention(query, key, value, axis, scale) -> out, map
     slice_attention_backward(grad, query, key, value, attention, axis, scale, needs) -> three gradients or None
 
-Every tensor may have any strides, what a forward pass saved too: hooks on saved tensors promise values, not strides. What
-a backend sees has no negative bit and at least one sample; both are seen to here.
+Every tensor may have any strides, what a forward pass saved too: hooks on saved tensors promise values, not strides.
+What a backend sees has no negative bit and at least one sample; both are seen to here.
 
 The operators' ``backend`` is a name, ``auto``, which leaves each call to :func:`~rsa_kernels.backends.choose`, or what
 :func:`~rsa_kernels.backends.resolve` makes of ``auto`` once for a forward and its backward pass.
