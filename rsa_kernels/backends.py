@@ -282,7 +282,7 @@ def _takes_more_calls_than_it_saves(x: Tensor, channels: int, voxels: int, axes:
 
 
 def _number(size: int | torch.SymInt) -> int:
-    """A size; one that a compiler leaves open counts as what it was at first, with no condition on it in the graph."""
+    """A size; one that a compiler leaves open counts as what it was at first, and sets no condition on it."""
     return size if isinstance(size, int) else size.node.hint or 1
 
 

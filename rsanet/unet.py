@@ -85,13 +85,20 @@ class GroupNorm(nn.GroupNorm):
             return group_norm.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, **options)
         if x.dim() != 5:
             x = super().forward(x.contiguous())
-        elif (is_traced() or len(x)) and (
-            x.is_contiguous(memory_format=torch.channels_last_3d) or not x.is_contiguous()
-        ):
+        elif may_be_channels_last(x):
             x = group_norm_channels_last(x, self.num_groups, self.weight, self.bias, self.eps)
         else:
             x = super().forward(x)
         return F.relu(x, inplace=True) if relu else x
+
+
+def may_be_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch's own group norm could take a volume for one in channels_last_3d."""
+    if is_traced():
+        return x.is_contiguous(memory_format=torch.channels_last_3d) or not x.is_contiguous()
+    if torch._C._are_functorch_transforms_active():  # vmap does not answer
+        return True
+    return len(x) > 0 and (x.is_contiguous(memory_format=torch.channels_last_3d) or not x.is_contiguous())
 
 
 def group_norm_channels_last(

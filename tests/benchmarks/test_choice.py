@@ -62,6 +62,32 @@ def test_auto_takes_nothing_that_the_rows_show_slower_than_torch(path, monkeypat
     assert slower_than_torch(rows, chosen_here) == []
 
 
+@pytest.mark.parametrize("path", [path for path in block_paths() if "nvidia" in path.name], ids=lambda path: path.stem)
+def test_without_kernels_on_a_gpu_auto_takes_what_the_rows_show_faster_in_a_full_pass(path, monkeypatch):
+    monkeypatch.setattr(
+        backends, "cannot_run", lambda name, x: None if name in ("torch", "reference") else "is not here"
+    )
+    rows = [row for row in read(path) if row["status"] == MEASURED]
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row[column] for column in WHAT), {})[row["provider"]] = row
+    compared = 0
+    for what, by_provider in found.items():
+        case = dict(zip(WHAT, what, strict=True))
+        with arithmetic(case["dtype"]):
+            chosen = chosen_here(case["shape"], case["axes"], case["dtype"])
+        other = {"torch": "reference", "reference": "torch"}[chosen]
+        if case["mode"] == "full" and {"torch", "reference"} <= by_provider.keys():
+            compared += 1
+            assert float(by_provider[chosen]["low_ms"]) <= float(by_provider[other]["high_ms"]), what
+    assert compared >= 8
+    assert slower_than_torch(rows, lambda *what: chosen_here(*what)) == []
+    explanation = choose(torch.empty(1, 512, 10, 14, 10, dtype=torch.bfloat16), [3, 4, 2])
+    assert explanation.backend == "reference"
+    assert "than the equations do, for 1400 voxels of 512 channels" in explanation.others["torch"]
+    assert choose(torch.empty(1, 32, 64, 64, 64, dtype=torch.bfloat16), [3, 4, 2]).backend == "torch"
+
+
 def test_a_backend_slower_than_torch_beyond_the_spread_is_found():
     same = {
         "threads": "2",
