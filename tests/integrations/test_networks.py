@@ -214,7 +214,8 @@ SMALL = {
     "DenseNet": "monai.networks.nets.DenseNet(3, 1, 2, init_features=8, growth_rate=4, block_config=(2, 2))",
     "DenseBlock": "monai.networks.blocks.denseblock.DenseBlock([torch.nn.Conv3d(1, 4, 1)])",
     "PlainConvUNet": "dynamic_network_architectures.architectures.unet.PlainConvUNet(1, 3, (8, 12, 16), "
-    "torch.nn.Conv3d, 3, [1, 2, 2], 2, 2, 2, conv_bias=True, norm_op=torch.nn.InstanceNorm3d, nonlin=torch.nn.LeakyReLU)",
+    "torch.nn.Conv3d, 3, [1, 2, 2], 2, 2, 2, conv_bias=True, norm_op=torch.nn.InstanceNorm3d, "
+    "nonlin=torch.nn.LeakyReLU)",
 }
 
 
