@@ -72,7 +72,7 @@ def test_how_far_apart_they_lie_is_known_to_a_few_mm(shift, degrees):
     assert found.is_apart()
     if not any(degrees):
         assert abs(found.apart - shift) < 4
-        assert found.overlap < 1 - shift / 100
+        assert found.overlap < 1 - shift / 200
 
 
 @pytest.mark.parametrize("move", MOVES)
