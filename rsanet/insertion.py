@@ -166,11 +166,17 @@ def _only_iterated(kind: type[nn.Module], name: str) -> bool:
             return False
         for node in ast.walk(tree):
             for child in ast.iter_child_nodes(node):
-                if isinstance(child, ast.Attribute) and child.attr == name and ast.unparse(child.value) == "self":
+                if isinstance(child, ast.Attribute) and child.attr == name and _is_self(child.value, tree):
                     given = isinstance(node, ast.Call) and ast.unparse(node.func) in _ITERATE
                     iterated = isinstance(node, ast.For | ast.comprehension) and child is node.iter
                     found.append(given or iterated or isinstance(node, ast.Subscript))
     return bool(found) and all(found)
+
+
+def _is_self(value: ast.expr, tree: ast.FunctionDef) -> bool:
+    """Whether an expression is the first argument of a method, by whatever name."""
+    arguments = [*tree.args.posonlyargs, *tree.args.args]
+    return isinstance(value, ast.Name) and bool(arguments) and value.id == arguments[0].arg
 
 
 _ITERATE = ("enumerate", "zip", "reversed", "len", "range", "list", "iter")
@@ -206,7 +212,7 @@ def _collection(kind: type[nn.Module], method: str = "forward", depth: int = 3) 
             called = value.func
             if isinstance(called, ast.Name):
                 return _COLLECTIONS.get(called.id)
-            if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
+            if isinstance(called, ast.Attribute) and _is_self(called.value, tree):
                 return _collection(kind, called.attr, depth - 1) if depth else None
             return None
         if isinstance(value, ast.BinOp):

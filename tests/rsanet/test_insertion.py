@@ -506,10 +506,10 @@ class Loops(Takes):
 
 
 class Counts(Takes):
-    def forward(self, x):
-        for place, layer in enumerate(self.stage):
-            x = layer(x) if place < len(self.stage) else x
-        return self.head(x)
+    def forward(net, x):  # noqa: N805 a name of the author's own
+        for place, layer in enumerate(net.stage):
+            x = layer(x) if place < len(net.stage) else x
+        return net.head(x)
 
 
 class Indexes(Takes):
