@@ -31,7 +31,7 @@ FLIPS = list(itertools.product((False, True), repeat=3))
 # Types with slopes and the largest value that may be stored for 0: what they hold is from 0 to 240.
 TYPES = {
     "u1": ((1, 2, 4), 15),
-    "i2": ((1, 0.5, 0.1, -1, 2), 900),
+    "i2": ((-1, 0.1, 1), 900),
     "u2": ((1, 0.5, 0.1, 4), 900),
     "i4": ((1, 0.01, 4), 900),
     "f4": ((1, 0.5, 2), 0),
