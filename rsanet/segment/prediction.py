@@ -377,8 +377,9 @@ def write_volume(voxels: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
 
 def save_volume(voxels: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
     """Saves values from 0 to 1 in their own dtype with the grid and header of ``like``."""
-    header = like.header.copy()
+    # The affine of NIfTI-2 has more digits than a NIfTI-1 header, and nibabel would write both forms anew for those.
+    header = nib.Nifti1Header.from_header(like.header)
     header.set_data_dtype(voxels.dtype)
     header.set_slope_inter(1, 0)
     header["cal_min"], header["cal_max"] = 0, 1
-    nib.save(nib.Nifti1Image(voxels, like.affine, header), path)
+    nib.save(nib.Nifti1Image(voxels, None, header), path)
