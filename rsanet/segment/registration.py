@@ -203,7 +203,9 @@ def register(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         start = sketch.find(other, (np.eye(4), centred))
         matrix = _refined(itk, (fixed, head, grid.affine), (moving, image.affine), start.matrix)
         before, after = sketch.likeness(other, np.eye(4)), sketch.likeness(other, matrix)
-        if after < before:
+        inner = sketch.points[sketch.own > 0]
+        moved = np.linalg.norm(apply_affine(matrix, inner) - inner, axis=-1).mean()
+        if after < before and moved > APART * sketch.radius:  # nearer than that, the header was right already
             warnings.warn(
                 f"{name_of(case.images[name])} could not be registered to {name_of(case.images[names[0]])}: nothing "
                 "fits better than their headers do, which are taken; look at the images.",
