@@ -231,7 +231,7 @@ def _refined(
     """
     voxels, head, affine = fixed
     target, mask = _itk_image(itk, voxels, affine), _itk_image(itk, head.astype(np.float32), affine)
-    target, source = itk.Normalize(target), itk.Normalize(_itk_image(itk, *moving))
+    source = _itk_image(itk, *moving)
     around = itk.BinaryDilate(itk.Cast(mask > 0.5, itk.sitkUInt8), [3, 3, 3])
     initial = _itk_transform(itk, start, apply_affine(affine, np.argwhere(head).mean(0)))
     method = itk.ImageRegistrationMethod()
@@ -246,10 +246,14 @@ def _refined(
     method.SetSmoothingSigmasPerLevel([FINE, 0.0])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetInitialTransform(initial, inPlace=True)
+    threads = itk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    itk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # the metric has threads of its own
     try:
         method.Execute(target, source)
     except RuntimeError:  # ITK's only one: too few points are in both
         return start
+    finally:
+        itk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     turn = np.reshape(initial.GetMatrix(), (3, 3))
     centre, shift = np.array(initial.GetCenter()), np.array(initial.GetTranslation())
     return FLIP @ from_matvec(turn, centre - turn @ centre + shift) @ FLIP
