@@ -203,7 +203,9 @@ def register(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         start = sketch.find(other, (np.eye(4), centred))
         matrix = _refined(itk, (fixed, head, grid.affine), (moving, image.affine), start.matrix)
         before, after = sketch.likeness(other, np.eye(4)), sketch.likeness(other, matrix)
-        if after < before:
+        inner = sketch.points[sketch.own > 0]
+        moved = np.linalg.norm(apply_affine(matrix, inner) - inner, axis=-1).mean()
+        if after < before and moved > APART * sketch.radius:  # nearer than that, the header was right already
             warnings.warn(
                 f"{name_of(case.images[name])} could not be registered to {name_of(case.images[names[0]])}: nothing "
                 "fits better than their headers do, which are taken; look at the images.",
@@ -229,7 +231,7 @@ def _refined(
     """
     voxels, head, affine = fixed
     target, mask = _itk_image(itk, voxels, affine), _itk_image(itk, head.astype(np.float32), affine)
-    target, source = itk.Normalize(target), itk.Normalize(_itk_image(itk, *moving))
+    source = _itk_image(itk, *moving)
     around = itk.BinaryDilate(itk.Cast(mask > 0.5, itk.sitkUInt8), [3, 3, 3])
     initial = _itk_transform(itk, start, apply_affine(affine, np.argwhere(head).mean(0)))
     method = itk.ImageRegistrationMethod()
@@ -244,10 +246,14 @@ def _refined(
     method.SetSmoothingSigmasPerLevel([FINE, 0.0])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetInitialTransform(initial, inPlace=True)
+    threads = itk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    itk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # the metric has threads of its own
     try:
         method.Execute(target, source)
     except RuntimeError:  # ITK's only one: too few points are in both
         return start
+    finally:
+        itk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     turn = np.reshape(initial.GetMatrix(), (3, 3))
     centre, shift = np.array(initial.GetCenter()), np.array(initial.GetTranslation())
     return FLIP @ from_matvec(turn, centre - turn @ centre + shift) @ FLIP
