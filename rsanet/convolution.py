@@ -58,7 +58,9 @@ def _leaves_onednn_out(x: Tensor, weight: Tensor, bias: Tensor | None, *options:
         return False
     if any(type(tensor) not in _PLAIN or tensor.dtype != x.dtype for tensor in tensors):
         return False
-    if torch.is_autocast_enabled("cpu") or not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
+    if torch.is_autocast_enabled("cpu") or not (
+        torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+    ):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
