@@ -242,8 +242,9 @@ def conv_of_upsampled(x: Tensor, weight: Tensor) -> Tensor:
     line = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]], dtype=dtype, device=weight.device)
     copies = torch.kron(line, torch.kron(line, line))
     with torch.autocast(x.device.type, enabled=False):
-        kernel = (weight.flatten(2).to(dtype) @ copies).to(weight.dtype)
-    return F.conv_transpose3d(x, kernel.unflatten(2, (4, 4, 4)).transpose(0, 1), stride=2, padding=1)
+        # In the order of channels_last_3d, in which the convolution wants it: 27 weights are turned around, not 64.
+        kernel = (copies.T @ weight.permute(1, 2, 3, 4, 0).flatten(1, 3).to(dtype)).to(weight.dtype)
+    return F.conv_transpose3d(x, kernel.unflatten(1, (4, 4, 4)).permute(0, 4, 1, 2, 3), stride=2, padding=1)
 
 
 class ConvUnit(nn.Module):
