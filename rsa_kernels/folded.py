@@ -280,6 +280,12 @@ def _mix(x: Tensor, attention: Tensor, axis: int, beta: Tensor, folded: Folded, 
         _unpack(tile, target, bias)
 
 
+def _target(volume: Tensor, step: int, kept: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Where a step writes to: one buffer serves every step, unless it is the caller's or is kept as it is."""
+    taken = step == 0 or (kept and kept[-1].data_ptr() == volume.data_ptr())
+    return torch.empty_like(x) if taken else volume
+
+
 def recurrent_slice_attention(
     x: Tensor, weights: Projections, betas: Tensor, axes: Sequence[int], scale: float, keep_inputs: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -289,15 +295,9 @@ def recurrent_slice_attention(
     out, maps, inputs = x, [], []
     for step, axis in enumerate(axes):
         attention = _attention_map(out, axis, folded)
-        # One buffer serves every step, unless it is kept.
-        target = torch.empty_like(x) if step == 0 else out
         if keep_inputs and step:
-            kept = out.permute(0, 2, 3, 4, 1)
-            if kept.is_contiguous():
-                target = torch.empty_like(x)
-            else:
-                kept = kept.new_empty(kept.shape).copy_(kept)
-            inputs.append(kept)
+            inputs.append(out.permute(0, 2, 3, 4, 1).contiguous())
+        target = _target(out, step, inputs, x)
         _mix(out, attention, axis, betas[step], folded, target)
         maps.append(attention)
         out = target
@@ -404,10 +404,13 @@ def recurrent_slice_attention_backward(
     folded = Folded.of(weights, scale, dtype)
     precise_betas = betas.to(dtype)
     inputs = [x, *(volume.permute(0, 4, 1, 2, 3) for volume in inputs)]
+    volume = inputs[-1]
     for step in range(len(inputs) - 1, len(axes) - 1):
-        restored = torch.empty_like(x)
-        _mix(inputs[-1], maps[step], axes[step], precise_betas[step], folded, restored)
-        inputs.append(restored)
+        # In the strides of the forward pass, and then in those of kept inputs: the bits are the same.
+        target = _target(volume, step, inputs, x)
+        _mix(volume, maps[step], axes[step], precise_betas[step], folded, target)
+        inputs.append(target.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3))
+        volume = target
 
     need_folded = needs.theta_weight or needs.theta_bias or needs.phi_weight
     totals = Folded(*(torch.zeros_like(part) for part in folded))

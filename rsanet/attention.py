@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from rsa_kernels import reference
 from rsa_kernels.api import AXIS_NAMES, normalize_axis, recurrent_slice_attention, slice_attention
 from rsa_kernels.backends import known
+from rsanet.convolution import Conv3d
 
 # torch.fx.symbolic_trace keeps each as one call in its graph: the checks inside look at sizes, which it does not know.
 fx.wrap("recurrent_slice_attention")
@@ -70,7 +71,7 @@ def _is_plain(conv: nn.Module, channels: int) -> bool:
     Only then its weight and bias say all that it does.
     """
     return (
-        parametrize.type_before_parametrizations(conv) is nn.Conv3d
+        parametrize.type_before_parametrizations(conv) in (Conv3d, nn.Conv3d)
         and conv.in_channels == conv.out_channels == channels
         and conv.kernel_size == conv.stride == (1, 1, 1)
         and conv.padding == (0, 0, 0)
@@ -133,9 +134,9 @@ class _SliceAttention(nn.Module):
         self.channels = positive_int("channels", channels)
         self.scale = finite_number("scale", scale)
         self.backend = None if backend is None else known(backend)
-        self.theta_conv = nn.Conv3d(channels, channels, kernel_size=1)
-        self.phi_conv = nn.Conv3d(channels, channels, kernel_size=1)
-        self.g_conv = nn.Conv3d(channels, channels, kernel_size=1)
+        self.theta_conv = Conv3d(channels, channels, kernel_size=1)
+        self.phi_conv = Conv3d(channels, channels, kernel_size=1)
+        self.g_conv = Conv3d(channels, channels, kernel_size=1)
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
@@ -290,7 +291,7 @@ class RSABlock(_SliceAttention):
         )
 
 
-class _ZeroConv(nn.Conv3d):
+class _ZeroConv(Conv3d):
     """A convolution that starts at zero, after ``to_empty`` as well."""
 
     def reset_parameters(self) -> None:
@@ -322,9 +323,9 @@ class NonLocalBlock(nn.Module):
         self.channels = positive_int("channels", channels)
         inner = max(1, channels // 2) if inner_channels is None else positive_int("inner_channels", inner_channels)
         self.scale = finite_number("scale", scale)
-        self.theta_conv = nn.Conv3d(channels, inner, kernel_size=1)
-        self.phi_conv = nn.Conv3d(channels, inner, kernel_size=1)
-        self.g_conv = nn.Conv3d(channels, inner, kernel_size=1)
+        self.theta_conv = Conv3d(channels, inner, kernel_size=1)
+        self.phi_conv = Conv3d(channels, inner, kernel_size=1)
+        self.g_conv = Conv3d(channels, inner, kernel_size=1)
         self.out_conv = _ZeroConv(inner, channels, kernel_size=1)
 
     def reset_parameters(self) -> None:

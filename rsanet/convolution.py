@@ -54,9 +54,9 @@ def is_traced() -> bool:
 def _leaves_onednn_out(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> bool:
     """Whether PyTorch takes its own kernel, and nothing comes in between that would have to see a convolution."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if is_traced() or x.dtype != torch.float32 or x.dim() != 5 or x.device.type != "cpu":
+    if is_traced() or any(type(tensor) not in _PLAIN or tensor.dtype != torch.float32 for tensor in tensors):
         return False
-    if any(type(tensor) not in _PLAIN or tensor.dtype != x.dtype for tensor in tensors):
+    if x.dim() != 5 or x.device.type != "cpu":
         return False
     if torch.is_autocast_enabled("cpu") or not (
         torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()

@@ -735,6 +735,7 @@ OTHERS = {
     "--dtype",
     "--output",
     "--quick",
+    "--batches",
 }
 OTHERS |= {"--install-completion", "--debug", "--help", "--version"}  # of every verb, or of none
 

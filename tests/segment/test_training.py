@@ -18,6 +18,7 @@ import yaml
 
 from rsanet.checkpoints import load_model
 from rsanet.segment import runs, training
+from rsanet.segment.checks import is_summary
 from rsanet.segment.recipe import Recipe
 from rsanet.segment.volumes import DataWarning
 
@@ -78,6 +79,7 @@ def test_the_run_folder_tells_all_about_the_run(trained):
 
 def test_the_model_file_knows_its_contrasts_and_window(trained):
     extra = load_model(trained / "model.safetensors").extra
+    assert is_summary(extra.pop("trained_on"), 3)
     assert extra == {
         "contrasts": ["FLAIR", "T1w", "T2w"],
         "roi": [16, 16, 16],
