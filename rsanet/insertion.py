@@ -319,6 +319,11 @@ def _check_stage(model: nn.Module, path: str, stage: nn.Module) -> None:
             f"submodule {path!r} is TorchScript, which runs past blocks that are put in later: "
             "insert the block before the network is scripted or traced"
         )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the network is in a DistributedDataParallel, which would not share the gradients of the block: "
+            "insert the block before the network is wrapped"
+        )
     if isinstance(stage, WithRSA) or hasattr(stage, NAME):
         raise ValueError(f"submodule {path!r} already has an RSA block: insert each one once")
     if "forward" in vars(stage):

@@ -252,6 +252,18 @@ def test_activation_checkpointing_takes_the_stage_with_its_block():
     assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in model.named_parameters())
 
 
+def test_a_block_comes_too_late_for_a_network_that_shares_its_gradients():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(network())
+        before = looks(model)
+        with pytest.raises(ValueError, match=r"DistributedDataParallel, .* insert the block before"):
+            insert_rsa(model, "module.stage")
+        assert_same_looks(looks(model), before)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_wrappers_of_pytorch_hold_the_block_inside():
     expected = opened(insert_rsa(network(), "body"))
     for wrap in (checkpoint_wrapper, lambda module: torch.compile(module, backend="eager")):
