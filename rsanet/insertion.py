@@ -222,7 +222,7 @@ def _collection(kind: type[nn.Module], method: str = "forward", depth: int = 3) 
                 return _collection(kind, called.attr, depth - 1) if depth else None
             return None
         if isinstance(value, ast.BinOp):
-            return read(value.left)
+            return None if isinstance(value.left, ast.Name) else read(value.left)  # a name may be made of itself
         return _COLLECTIONS.get(type(value))
 
     found = {read(node.value) for node in nodes if isinstance(node, ast.Return)}

@@ -540,6 +540,17 @@ class Either(Outputs):
         return z if self.kind else y
 
 
+class Sums(Outputs):
+    def forward(self, x):
+        x = x + self.conv(x)
+        return x
+
+
+def test_a_stage_whose_output_is_a_sum_with_itself_gets_a_block():
+    model = nn.Sequential(Sums(0))
+    assert insert_rsa(model, "0", 4)[0].rsa_block.channels == 4
+
+
 class Takes(nn.Module):
     """Runs its stage in a way of its own."""
 
