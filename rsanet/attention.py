@@ -277,11 +277,17 @@ class RSABlock(_SliceAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends ``(N, C, D, H, W)``; same shape and memory format."""
-        return self._attend(x, list(self.betas), self.axes, self.recompute, return_maps=False)
+        return self._attend(x, self._betas(), self.axes, self.recompute, return_maps=False)
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
         """One ``(N, S, S)`` map per axis, in order: row ``i`` says how slice ``i`` weighs every slice."""
-        return list(self._attend(x, list(self.betas), self.axes, recompute=False, return_maps=True)[1])
+        return list(self._attend(x, self._betas(), self.axes, recompute=False, return_maps=True)[1])
+
+    def _betas(self) -> list[Tensor]:
+        # Pruning makes a beta anew in a hook of what holds it, which nobody calls.
+        for hook in self.betas._forward_pre_hooks.values():
+            hook(self.betas, ())
+        return list(self.betas)
 
     def extra_repr(self) -> str:
         """Shows the choices that the submodules do not."""

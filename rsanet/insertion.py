@@ -50,6 +50,10 @@ def _no_volume(stage: str, output: str) -> str:
 class WithRSA(nn.Module):
     """What every module with an RSA block behind it is, beside an instance of the class that it had before."""
 
+    def __init_subclass__(cls, **_: Any) -> None:
+        # Past that of the class before, which may register its subclasses by name, or want arguments.
+        pass
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made here and has no name to be imported by.
         if type(self) not in _CLASSES:
@@ -62,7 +66,8 @@ def _unpickled(base: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
-_READ = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
+_READ = ("__iter__", "__len__", "__getitem__", "__contains__")
+_READ_BY_NAME = ("keys", "values", "items")
 _CHANGE = ("__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "insert", "extend", "pop", "update", "clear")
 _CLASSES: set[type] = set()
 
@@ -73,10 +78,11 @@ def _class_before(kind: type) -> type[nn.Module]:
 
 @functools.cache
 def _class_with_block(base: type[nn.Module]) -> type[nn.Module]:
-    """The class of a stage: its own, in which a container has no block among its layers."""
+    """The class of a stage: its own, in which a container, the user's own too, has no block among its layers."""
     methods: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    methods |= {name: _reading(base, name) for name in _READ if hasattr(base, name)}
     if issubclass(base, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        methods |= {name: _reading(base, name) for name in _READ if hasattr(base, name)}
+        methods |= {name: _reading(base, name) for name in _READ_BY_NAME if hasattr(base, name)}
         methods |= {name: _changing(base, name) for name in _CHANGE if hasattr(base, name)}
     kind = type(base)(base.__name__, (WithRSA, base), methods)
     _CLASSES.add(kind)
@@ -216,7 +222,7 @@ def _collection(kind: type[nn.Module], method: str = "forward", depth: int = 3) 
                 return _collection(kind, called.attr, depth - 1) if depth else None
             return None
         if isinstance(value, ast.BinOp):
-            return read(value.left)
+            return None if isinstance(value.left, ast.Name) else read(value.left)  # a name may be made of itself
         return _COLLECTIONS.get(type(value))
 
     found = {read(node.value) for node in nodes if isinstance(node, ast.Return)}
@@ -313,6 +319,11 @@ def _check_stage(model: nn.Module, path: str, stage: nn.Module) -> None:
             f"submodule {path!r} is TorchScript, which runs past blocks that are put in later: "
             "insert the block before the network is scripted or traced"
         )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the network is in a DistributedDataParallel, which would not share the gradients of the block: "
+            "insert the block before the network is wrapped"
+        )
     if isinstance(stage, WithRSA) or hasattr(stage, NAME):
         raise ValueError(f"submodule {path!r} already has an RSA block: insert each one once")
     if "forward" in vars(stage):
@@ -322,7 +333,7 @@ def _check_stage(model: nn.Module, path: str, stage: nn.Module) -> None:
             f"submodule {path!r} is a {kind.__name__}, which is never called and only holds others: "
             f"insert the block at one of them{_such_as(path, stage)}"
         )
-    if _uses(kind, ("children", "named_children", "_modules")):
+    if _uses(kind, ("children", "named_children", "modules", "named_modules", "_modules")):
         raise ValueError(
             f"submodule {path!r} is a {kind.__name__}, which goes through its children and would run the block as one "
             f"of them: insert it at another submodule, or put this one into an nn.Sequential of its own"

@@ -154,7 +154,14 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
 
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether someone watches or changes what goes in or out of any of them."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        for module in modules
+    )
 
 
 def is_untouched(conv: nn.Module, size: int) -> bool:
@@ -179,7 +186,8 @@ def normalize(norm: nn.Module, x: Tensor, relu: bool, inplace: bool = False) -> 
     if type(norm) is GroupNorm and not is_hooked(norm):
         return norm(x, relu, inplace)
     x = norm(x)
-    return F.relu(x, inplace=True) if relu else x
+    # What a hook saw or gave must stay as it is.
+    return F.relu(x, inplace=not is_hooked(norm)) if relu else x
 
 
 class ConvPair(nn.Sequential):

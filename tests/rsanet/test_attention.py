@@ -439,6 +439,19 @@ def test_a_pruned_checkpoint_is_seen_and_a_norm_is_one(volume):
     torch.testing.assert_close(torch.linalg.matrix_norm(block.g_conv.weight.detach().flatten(1), 2), torch.tensor(1.0))
 
 
+def test_a_pruned_beta_is_seen(volume):
+    block = open_betas(RSABlock(4))
+    prune.identity(block.betas, "0")
+    before = block(volume)
+    for _ in range(2):
+        block(volume).sum().backward()
+    assert block.betas.get_parameter("0_orig").grad != 0
+    open_betas(block, 0.2)
+    assert not torch.equal(block(volume), before)
+    open_betas(block, 0.0)
+    assert torch.equal(block(volume), volume)
+
+
 def test_hooks_of_projections_fire_once_a_step(volume):
     block, seen = open_betas(RSABlock(4)), []
     block.g_conv.register_forward_pre_hook(lambda conv, args: seen.append("before"))

@@ -252,6 +252,18 @@ def test_activation_checkpointing_takes_the_stage_with_its_block():
     assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in model.named_parameters())
 
 
+def test_a_block_comes_too_late_for_a_network_that_shares_its_gradients():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(network())
+        before = looks(model)
+        with pytest.raises(ValueError, match=r"DistributedDataParallel, .* insert the block before"):
+            insert_rsa(model, "module.stage")
+        assert_same_looks(looks(model), before)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_wrappers_of_pytorch_hold_the_block_inside():
     expected = opened(insert_rsa(network(), "body"))
     for wrap in (checkpoint_wrapper, lambda module: torch.compile(module, backend="eager")):
@@ -357,14 +369,34 @@ class Own(nn.Sequential):
         return x
 
 
+class Home(nn.Module):
+    """A container that PyTorch knows nothing of."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv3d(1, 4, 1), nn.Conv3d(4, 4, 1)
+
+    def __iter__(self):
+        return iter(self._modules.values())
+
+    def __len__(self):
+        return sum(1 for _ in self.children())
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: Chain([nn.Conv3d(1, 4, 1), nn.Conv3d(4, 4, 1)]),
         lambda: Named({"one": nn.Conv3d(1, 4, 1), "two": nn.Conv3d(4, 4, 1)}),
         lambda: Own(4),
+        Home,
     ],
-    ids=["list", "dict", "sequence"],
+    ids=["list", "dict", "sequence", "own"],
 )
 def test_containers_that_run_their_layers_do_not_run_the_block_among_them(make):
     torch.manual_seed(0)
@@ -390,6 +422,32 @@ def remove_hooks(model):
     """Without the hook of the test, which pickle does not take."""
     model[0].rsa_block._forward_hooks.clear()
     return model
+
+
+class Registered(nn.Module):
+    """A base that keeps its subclasses by name, and asks them for an argument."""
+
+    kinds: dict = {}  # noqa: RUF012 shared on purpose
+
+    def __init_subclass__(cls, *, kind):
+        Registered.kinds[kind] = cls
+
+
+class Block(Registered, kind="block"):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(1, 4, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_a_class_that_registers_its_subclasses_keeps_its_register():
+    model = nn.Sequential(Block())
+    opened(insert_rsa(model, "0"))
+    assert Registered.kinds == {"block": Block}
+    assert not torch.equal(model(X), model[0].conv(X))
+    assert type(remove_rsa(model)[0]) is Block
 
 
 def test_hooks_that_come_later_see_the_attended_output():
@@ -482,6 +540,17 @@ class Either(Outputs):
         return z if self.kind else y
 
 
+class Sums(Outputs):
+    def forward(self, x):
+        x = x + self.conv(x)
+        return x
+
+
+def test_a_stage_whose_output_is_a_sum_with_itself_gets_a_block():
+    model = nn.Sequential(Sums(0))
+    assert insert_rsa(model, "0", 4)[0].rsa_block.channels == 4
+
+
 class Takes(nn.Module):
     """Runs its stage in a way of its own."""
 
@@ -527,6 +596,13 @@ class Walks(nn.Sequential):
         return x
 
 
+class WalksByName(nn.Sequential):
+    def forward(self, x):
+        for name, layer in self.named_modules():
+            x = layer(x) if name else x
+        return x
+
+
 class WalksElsewhere(Walks):
     def forward(self, x):
         return super().forward(x)
@@ -554,6 +630,7 @@ ITERATED = r"never calls submodule 'stage', but runs what is in it on its own"
         (lambda: Counts(layers()), ValueError, ITERATED),
         (lambda: Indexes(layers()), ValueError, ITERATED),
         (lambda: Takes(Walks(nn.Conv3d(1, 4, 1))), ValueError, "goes through its children"),
+        (lambda: Takes(WalksByName(nn.Conv3d(1, 4, 1))), ValueError, "goes through its children"),
         (lambda: Takes(WalksElsewhere(nn.Conv3d(1, 4, 1))), ValueError, "goes through its children"),
         (lambda: Takes(Lists(0)), TypeError, "'stage': Lists returns a list, but .* one volume"),
         (lambda: Takes(Tuples(0)), TypeError, "Tuples returns a tuple"),

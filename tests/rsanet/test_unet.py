@@ -166,6 +166,43 @@ def test_hooks_on_a_level_see_what_they_ask_for(name, splits):
     assert len(splits) == (1 if bypassed else 2)
 
 
+def count_backward(module, calls):
+    module.register_full_backward_hook(lambda *_: calls.append(1))
+
+
+def count_gradients(module, calls):
+    module.register_full_backward_pre_hook(lambda *_: calls.append(1))
+
+
+def count_forward(module, calls):
+    forward = module.forward
+    module.forward = lambda x: calls.append(1) or forward(x)
+
+
+WATCHES = pytest.mark.parametrize("watch", [count_backward, count_gradients, count_forward])
+
+
+@WATCHES
+@pytest.mark.parametrize("name", ["up", "up.up", "up.up.1", "conv.layer.layer.0.conv", "conv.layer.layer.0.norm"])
+def test_whoever_watches_a_part_of_a_level_sees_it_run(name, watch, splits):
+    (module, inputs), calls = level(), []
+    expected = results(module.double(), inputs)
+    watch(module.get_submodule(name), calls)
+    found = results(module, inputs)
+    assert len(calls) == 1
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@WATCHES
+@pytest.mark.parametrize("place", [0, 1])
+def test_whoever_watches_a_part_of_the_head_sees_it_run(place, watch):
+    head, calls = pair(), []
+    watch(head[place], calls)
+    head(random_volume((1, 8, 3, 4, 5)).float().requires_grad_()).sum().backward()
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "apart"),
     [
