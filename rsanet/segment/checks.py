@@ -19,6 +19,7 @@ BIN = 0.04  # of the way from the surface to the middle; about 2 mm in an adult
 BINS = 10  # scalp, skull and the fluid beneath are in these
 INNER = 0.4  # of the way; deeper than this, all is brain
 DARK = 0.35  # of the brain's intensity
+BELOW = 0.3  # likewise, below the background; splines swing less
 STANDS_OUT = 0.1  # of the brain's intensity, by which scalp is brighter than what is below it
 CLOSED = 0.08  # of a head's radius; gaps of the tissue up to twice as wide are inside
 LEAST = 30  # voxels that a mean is taken of
@@ -99,8 +100,10 @@ def rim_of(voxels: np.ndarray, tissue: np.ndarray, size: Sequence[float]) -> tup
     depth -= min(size) / 2
     share = depth / depth.max()
     air = np.median(voxels[~head]) if (~head).any() else 0.0
-    brain = np.median(voxels[share > INNER]) - air
-    if not brain > 0:
+    inner = voxels[share > INNER] - air
+    brain = np.median(inner) if inner.size else 0.0
+    # Where values of a brain lie on both sides of the background, as of z-scores, none of them is dark.
+    if not brain > 0 or np.quantile(inner, QUANTILES[0]) < -BELOW * brain:
         return None, [None] * BINS
     relative = (voxels - air) / brain
     layers = [relative[head & (share > BIN * number) & (share <= BIN * (number + 1))] for number in range(BINS)]

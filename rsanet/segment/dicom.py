@@ -7,8 +7,6 @@ holds a whole volume, are described in nested tags that it does not show; pydico
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
@@ -199,8 +197,7 @@ def _slices(itk: Any, folder: Path, path: Path, datasets: Any) -> list[Slice]:
     inverted = tags.get(COLOURS) == "MONOCHROME1"
     count = int(_numbers(tags.get(FRAMES) or "1", 1, path, "NumberOfFrames")[0])
     if POSITION not in tags or count > 1:
-        with _quiet():
-            slices = _frames(path, size, count, datasets(path))
+        slices = _frames(path, size, count, datasets(path))
         return [replace(each, inverted=inverted) for each in slices]
     if tags.get(SLOPE) and _numbers(tags[SLOPE], 1, path, "RescaleSlope")[0] == 0:
         raise ValueError(f"{path} has a RescaleSlope of 0: repair it, no scan is scaled by that.")
@@ -455,14 +452,6 @@ def _pixels(itk: Any, path: Path, kind: int) -> np.ndarray:
     return voxels.reshape(-1, *voxels.shape[-2:])
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of pydicom, about values that are not used or are refused here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _dataset(path: Path) -> Any:
     """All of an enhanced file."""
     try:
@@ -472,9 +461,11 @@ def _dataset(path: Path) -> Any:
             f"{path} is enhanced DICOM, of many slices: to read it as it is, {install('formats')}, which brings "
             "pydicom; or convert it to .nii.gz, for example with dcm2niix."
         ) from error
+    # About values that are not used or are refused here. A filter for a while would be one for all threads, and a case
+    # is read while another one is computed, whose warnings are to be heard.
+    warnings.filterwarnings("ignore", module=r"pydicom\.")
     try:
-        with _quiet():
-            return pydicom.dcmread(path)
+        return pydicom.dcmread(path)
     except Exception as error:  # as many types as there are damages
         raise _unreadable(path, error) from error
 
@@ -501,8 +492,7 @@ def _stored_pixels(itk: Any, path: Path, dataset: Any) -> np.ndarray:
     with TemporaryDirectory() as folder:
         plain = Path(folder) / "frames.dcm"
         try:
-            with _quiet():
-                dataset.save_as(plain, enforce_file_format=True)
+            dataset.save_as(plain, enforce_file_format=True)
         except Exception as error:  # also where the disk is full
             raise _unreadable(path, error) from error
         return _pixels(itk, plain, itk.sitkFloat64)

@@ -116,6 +116,20 @@ def test_any_bright_shell_around_a_brain_is_told_of(stripped, first, last, value
     assert SKULL in found[0]
 
 
+@pytest.mark.parametrize("scores", ["mean", "median", "white matter"])
+def test_scores_of_a_brain_with_0_around_it_are_no_skull(stripped, scores):
+    def scored(voxels):
+        brain = voxels[voxels != 0]
+        counts, values = np.histogram(brain, 100)
+        middle = {"mean": brain.mean(), "median": np.median(brain), "white matter": values[counts.argmax()]}[scores]
+        return np.where(voxels != 0, (voxels - middle) / brain.std(), 0)
+
+    found = looked(changed(plain(), scored))
+    assert said(found, stripped) == []
+    assert said(reordered(found, (1, 0, 2)), stripped)[0].startswith("the image given as FLAIR looks like T1w")
+    assert summary([found])["skull_stripped"] is None
+
+
 def test_a_few_remains_of_a_skull_are_not_told_of(stripped):
     def remains(voxels):
         far = ndimage.distance_transform_edt(voxels == 0) + ndimage.distance_transform_edt(voxels > 0)

@@ -8,6 +8,9 @@ RescaleIntercept.
 import re
 import sys
 import tempfile
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
@@ -27,7 +30,7 @@ from pydicom.uid import (
 from segment.bright import segmenter, thresholded
 
 from rsanet.segment.prediction import predict
-from rsanet.segment.volumes import load_grid, read_volume
+from rsanet.segment.volumes import DataWarning, load_grid, read_volume
 
 AXIAL, CORONAL, SAGITTAL = [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1]
 TURN, _ = np.linalg.qr(np.array([[0.98, 0.1, -0.05], [-0.12, 0.97, 0.2], [0.07, -0.2, 0.95]]))
@@ -534,6 +537,29 @@ def test_a_damaged_enhanced_file_is_refused_in_one_sentence(tmp_path, capfd, spo
         read_volume(series)
     assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_told_while_another_thread_reads_an_enhanced_file_is_heard(tmp_path, monkeypatch, recwarn):
+    series = write_enhanced(tmp_path / "scan", stored(5), places(5))
+    reading, told = threading.Event(), threading.Event()
+    read = pydicom.dcmread
+
+    def wait(path):
+        reading.set()
+        assert told.wait(30)
+        warnings.warn("of another thread", DataWarning, stacklevel=1)
+        return read(path)
+
+    monkeypatch.setattr(pydicom, "dcmread", wait)
+    with ThreadPoolExecutor(1) as reader:
+        found = reader.submit(read_volume, series)
+        assert reading.wait(30)
+        with warnings.catch_warnings():  # which ends while the file is read
+            warnings.simplefilter("error")
+        warnings.warn("of this thread", DataWarning, stacklevel=1)
+        told.set()
+        assert found.result()[0].shape == (8, 6, 5)
+    assert [str(each.message) for each in recwarn] == ["of this thread", "of another thread"]
 
 
 def test_the_mask_of_an_enhanced_file_lies_on_its_slices(tmp_path, phantoms):
