@@ -31,6 +31,24 @@ UNDERSTOOD = (
     "SUBJECT/FLAIR.nii.gz or SUBJECT_FLAIR.nii.gz inside, or a list of files, .csv or .json"
 )
 
+
+DATA_TYPES = [  # of BIDS: the folders of a subject
+    "anat",
+    "beh",
+    "dwi",
+    "eeg",
+    "emg",
+    "fmap",
+    "func",
+    "ieeg",
+    "meg",
+    "micr",
+    "motion",
+    "mrs",
+    "nirs",
+    "perf",
+    "pet",
+]
 BIDS_FOLDERS = ("derivatives", "sourcedata", "rawdata", "code", "stimuli", "phenotype")  # beside the subjects'
 
 
@@ -76,19 +94,28 @@ def tell_unused(path: Path, cases: Sequence[Case]) -> None:
     files of the same subject.
     """
     used = {file for case in cases for file in case.files()}
-    if not path.is_dir() or nnunet_images(path):
+    if not path.is_dir():
+        return
+    if images := nnunet_images(path):
+        made_of = {(file.parent, stem(file)) for file in used}
+        files = [file for folder in (images, _nnunet_labels(images)) for file in _volumes_of_any_format(folder)]
+        unused = [file for file in files if file not in used and (file.parent, stem(file)) not in made_of]
+        tell_left_out(unused, path, "not in NIfTI as others are, or lying in a folder of their own")
         return
     if any(case.place for case in cases):
         masks = [
             file
-            for root in (path, *bids_pipelines(path))
-            for place in _bids_places([root])
-            for file in volumes_in(root / place / "anat")
-            if file not in used and re.search("lesion|wmh", file.name, re.IGNORECASE) and not _is_labelled(file)
+            for place in _bids_places([path])
+            for file in volumes_in(path / place / "anat")
+            if _is_mask(file) and not is_other_mask(stem(file))
         ]
+        masks += [file for pipeline in bids_pipelines(path) for file in volumes_below(pipeline) if _is_lesion(file)]
+        masks = [file for file in masks if file not in used and not _is_labelled(file)]
         tell_left_out(masks, path, "being no derivatives/*/sub-*/anat/*label-lesion*_mask.nii.gz")
-        folders = [path, *(each for each in subfolders(path) if not each.name.startswith((*BIDS_FOLDERS, "sub-")))]
-        tell_left_out([file for each in folders for file in volumes_in(each)], path, "lying in no sub-*/anat")
+        folders = [each for each in subfolders(path) if not each.name.startswith(BIDS_FOLDERS)]
+        strange = [file for each in folders for file in volumes_below(each) if _is_out_of_place(file.relative_to(path))]
+        strange += [file for each in folders for file in volumes_in(each) if file not in strange]
+        tell_left_out([*volumes_in(path), *strange], path, "lying in no sub-*/anat")
         return
     deep, unknown = [], []
     subjects = {(file.parent, subject_of_name(file) if file.parent == path else "") for file in used}
@@ -107,9 +134,30 @@ def tell_unused(path: Path, cases: Sequence[Case]) -> None:
     tell_left_out(deep, path, "lying deeper than SUBJECT/FLAIR.nii.gz")
 
 
+def _is_mask(file: Path) -> bool:
+    """Whether a file in a folder ``anat`` is by its name a mask or a segmentation, and no image."""
+    suffix = stem(file).rpartition("_")[2].lower()
+    return "_label-" in file.name or suffix.endswith(("mask", "seg", "roi")) or kind_of(suffix) == "mask"
+
+
+def _is_lesion(file: Path) -> bool:
+    return re.search("lesion|wmh", file.name, re.IGNORECASE) is not None
+
+
+def _is_out_of_place(file: Path) -> bool:
+    """Whether a file, by its path in a data set of BIDS, lies neither in ``anat`` nor where other data types do."""
+    subject, *folders = file.parts[:-1]
+    folders = folders[1:] if folders and folders[0].startswith("ses-") else folders
+    return not subject.startswith("sub-") or folders[:1] == [] or folders[0] not in DATA_TYPES or folders[1:] != []
+
+
+def _volumes_of_any_format(folder: Path) -> list[Path]:
+    return [*volumes_below(folder), *volumes_below(folder, unread=True)]
+
+
 def _is_labelled(file: Path) -> bool:
     """Whether a file is by its name a probability, or the mask of something else than all lesions."""
-    return is_probability(stem(file)) or ("_label-" in file.name and "_label-lesion_" not in file.name)
+    return is_probability(stem(file)) or re.search(r"_label-(?!lesion[_.])", file.name) is not None
 
 
 def resembled(path: Path) -> str:
@@ -151,7 +199,7 @@ def read_bids(folder: Path) -> list[Case]:
         masks: dict[str, Path] = {}
         for path in volumes_in(folder / where / "anat"):
             contrast = canonical(stem(path).rpartition("_")[2])
-            if not contrast.lower().endswith(("mask", "seg")):
+            if not _is_mask(path):
                 images.append(("T1ce" if contrast == "T1w" and "_ce-" in path.name else contrast, path))
         for pipeline in pipelines:
             drawn = [
@@ -191,6 +239,10 @@ def nnunet_images(path: Path) -> Path | None:
     return path if path.name.startswith("images") and (path.parent / "dataset.json").is_file() else None
 
 
+def _nnunet_labels(images: Path) -> Path:
+    return images.parent / images.name.replace("images", "labels")
+
+
 def read_nnunet(images: Path) -> list[Case]:
     """Cases of nnU-Net's ``imagesTr/CASE_0000.nii.gz``, or ``imagesTs``, with ``labelsTr/CASE.nii.gz``.
 
@@ -211,7 +263,7 @@ def read_nnunet(images: Path) -> list[Case]:
     if not found:
         raise ValueError(f"{images} has no images: put them there as CASE_0000.nii.gz.")
     labels: dict[str, list[Path]] = {}
-    for path in volumes_in(images.parent / images.name.replace("images", "labels")):
+    for path in volumes_in(_nnunet_labels(images)):
         labels.setdefault(stem(path), []).append(path)
     return [make_case(case, found.get(case, []), labels.get(case, [])) for case in sorted(found.keys() | labels.keys())]
 

@@ -58,8 +58,13 @@ def unread_in(folder: Path) -> list[Path]:
     return [path for path in shown if path.name.lower().endswith(UNREAD) and path.stem not in read]
 
 
-def volumes_below(folder: Path) -> list[Path]:
-    """The volumes in a folder and all below it that are not hidden, in order; links to folders are followed."""
+def volumes_below(folder: Path, *, unread: bool = False) -> list[Path]:
+    """The volumes in a folder and all below it that are not hidden, in order; links to folders are followed.
+
+    Args:
+        folder: that is searched.
+        unread: whether those of formats that want another program first are meant, instead of those that are read.
+    """
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in seen:
@@ -67,7 +72,10 @@ def volumes_below(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in names if names_volume(name) and not name.startswith(".")]
+        if unread:
+            found += unread_in(Path(root))
+        else:
+            found += [Path(root, name) for name in names if names_volume(name) and not name.startswith(".")]
     return sorted(found)
 
 
@@ -121,6 +129,11 @@ def is_other_mask(name: str) -> bool:
 def is_probability(name: str) -> bool:
     """Whether a name says that it names a map of probabilities."""
     return any(match[0].lower() in NO_SCAN for match in words_of(name))
+
+
+def name_before_kind(name: str) -> str:
+    """What a name has before the words that say what it names; nothing where it says only that, as ``T1_mask``."""
+    return _read_name(name)[1]
 
 
 def kind_of(name: str) -> str:

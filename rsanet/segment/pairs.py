@@ -12,7 +12,15 @@ import numpy as np
 
 from rsanet.segment.cases import Case
 from rsanet.segment.datasets import list_cases, reference_words
-from rsanet.segment.names import is_other_mask, is_probability, kind_of, subject_of_name, tell_left_out, volumes_below
+from rsanet.segment.names import (
+    is_other_mask,
+    is_probability,
+    kind_of,
+    name_before_kind,
+    subject_of_name,
+    tell_left_out,
+    volumes_below,
+)
 from rsanet.segment.raters import files_of
 from rsanet.segment.volumes import DataWarning, MaskSource, read_volume, stem
 from rsanet.segment.words import some
@@ -97,7 +105,7 @@ def _shorter_names(file: Path) -> list[str]:
     """
     names = []
     name = stem(file)
-    while (shorter := subject_of_name(file.with_name(name))) != name and len(names) < 3:
+    while name and (shorter := subject_of_name(file.with_name(name))) != name and len(names) < 3:
         if re.fullmatch(r"[_\-. ]*t\d+", name.removeprefix(shorter), re.IGNORECASE):
             break
         name = shorter
@@ -159,9 +167,10 @@ def only_mask(masks: Sequence[Path], case: str) -> Path:
 def find_masks(folder: str | os.PathLike, *, quiet: bool = False) -> dict[str, list[Path]]:
     """The mask files of a folder by subject: of a cohort, those of ``derivatives/lesions``.
 
-    A file that is named as an image or a probability is a mask if it has few values. Where a subject has a file named
-    ``label-lesion``, its images, probabilities and masks with another label are none. Everything else that is left
-    out is told of in a warning.
+    Where files in several folders have one name that says only what they hold, as ``P1/mask.nii.gz``, their folders
+    name the subjects. A file that is named as an image or a probability is a mask if it has few values. Where a
+    subject has a file named ``label-lesion``, its images, probabilities and masks with another label are none.
+    Everything else that is left out is told of in a warning.
 
     Args:
         folder: that is searched, with all below it.
@@ -172,6 +181,10 @@ def find_masks(folder: str | os.PathLike, *, quiet: bool = False) -> dict[str, l
     every: dict[str, list[Path]] = {}
     for file in volumes_below(root if root.is_dir() else folder):
         every.setdefault(subject_of_mask(file), []).append(file)
+    for name in [name for name, files in every.items() if len({file.parent for file in files}) > 1]:
+        if not name_before_kind(name):  # SUBJECT/mask.nii.gz
+            for file in every.pop(name):
+                every.setdefault(unicodedata.normalize("NFC", file.resolve().parent.name), []).append(file)
     twins = {(file.parent, stem(file)) for files in every.values() for file in files}
     known = {name for files in every.values() for file in files if _is_plain(file) for name in _names(file)}
     found: dict[str, list[Path]] = {}
@@ -192,6 +205,8 @@ def find_masks(folder: str | os.PathLike, *, quiet: bool = False) -> dict[str, l
         tell_left_out(images, folder, "being named as images or probabilities and having more values than a mask has")
         tell_left_out(others, folder, f"lying beside masks that are named {LESION_MASK}")
         tell_left_out(elsewhere, folder, "being named as masks of the brain or another part, beside other masks")
+        unread = volumes_below(folder, unread=True)
+        tell_left_out(unread, folder, "being in a format that is not read: convert it to .nii.gz")
     return found
 
 

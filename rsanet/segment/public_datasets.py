@@ -5,7 +5,7 @@ has. It opens no file. Time points are cases of one subject.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +40,10 @@ def read_isbi2015(root: Path) -> list[Case]:
     """
     contrasts = {"flair": "FLAIR", "mprage": "T1w", "t2": "T2w", "pd": "PDw"}
     cases = []
-    for flair in below(root, "preprocessed/*_flair_pp.[nN][iI][iI]*"):
-        name = stem(flair).removesuffix("_flair_pp")
-        images = {contrast: volume(flair.parent / f"{name}_{word}_pp") for word, contrast in contrasts.items()}
-        raters = {f"mask{n}": volume(flair.parents[1] / "masks" / f"{name}_mask{n}") for n in (1, 2)}
+    for file in a_file_of_each(root, "preprocessed/*_{}_pp", contrasts):
+        name = stem(file).removesuffix("_pp").rpartition("_")[0]
+        images = {contrast: volume(file.parent / f"{name}_{word}_pp") for word, contrast in contrasts.items()}
+        raters = {f"mask{n}": volume(file.parents[1] / "masks" / f"{name}_mask{n}") for n in (1, 2)}
         cases.append(several(name, images, raters, subject=name.rpartition("_")[0]))
     return cases
 
@@ -56,12 +56,12 @@ def read_mslesseg(root: Path) -> list[Case]:
     """
     contrasts = {"FLAIR": "FLAIR", "T1": "T1w", "T2": "T2w"}
     cases = []
-    for flair in below(root, "P*_FLAIR.[nN][iI][iI]*"):
-        if not (match := re.fullmatch(r"(P\d+)(_T\d+)?_FLAIR", stem(flair))):
+    for file in a_file_of_each(root, "P*_{}", ("FLAIR", "MASK")):
+        name = stem(file).rpartition("_")[0]
+        if not (match := re.fullmatch(r"(P\d+)(_T\d+)?", name)):
             continue
-        name = stem(flair).removesuffix("_FLAIR")
-        images = {contrast: volume(flair.parent / f"{name}_{word}") for word, contrast in contrasts.items()}
-        mask = {"MASK": volume(flair.parent / f"{name}_MASK")}
+        images = {contrast: volume(file.parent / f"{name}_{word}") for word, contrast in contrasts.items()}
+        mask = {"MASK": volume(file.parent / f"{name}_MASK")}
         cases.append(several(name, images, mask, subject=match[1]))
     return cases
 
@@ -76,9 +76,9 @@ def read_msseg2016(root: Path) -> list[Case]:
     """
     contrasts = {"FLAIR": "FLAIR", "T1": "T1w", "T2": "T2w", "DP": "PDw", "GADO": "T1ce"}
     cases = []
-    for flair in below(root, "Preprocessed_Data/FLAIR_preprocessed.[nN][iI][iI]*"):
-        patient = flair.parents[1]
-        images = {contrast: volume(flair.parent / f"{word}_preprocessed") for word, contrast in contrasts.items()}
+    for file in a_file_of_each(root, "Preprocessed_Data/{}_preprocessed", contrasts):
+        patient = file.parents[1]
+        images = {contrast: volume(file.parent / f"{word}_preprocessed") for word, contrast in contrasts.items()}
         raters = {"Consensus": volume(patient / "Masks" / "Consensus")}
         raters |= {
             f"ManualSegmentation_{n}": volume(patient / "Masks" / f"ManualSegmentation_{n}") for n in range(1, 8)
@@ -98,11 +98,11 @@ def read_wmh2017(root: Path) -> list[Case]:
     additional_annotations/observer_o3/training/Utrecht/0/result.nii.gz, and observer_o4
     """
     cases = []
-    for flair in below(root, "pre/FLAIR.[nN][iI][iI]*"):
-        folder = flair.parents[1].absolute()
+    for file in a_file_of_each(root, "pre/{}", ("FLAIR", "T1")):
+        folder = file.parents[1].absolute()
         parts = parts_from(folder, ("utrecht", "singapore", "amsterdam"))
-        images = {"FLAIR": volume(flair.parent / "FLAIR"), "T1w": volume(flair.parent / "T1")}
-        raters = {"wmh": volume(flair.parents[1] / "wmh")}
+        images = {"FLAIR": volume(file.parent / "FLAIR"), "T1w": volume(file.parent / "T1")}
+        raters = {"wmh": volume(file.parents[1] / "wmh")}
         release = folder.parents[len(parts)] if len(parts) < len(folder.parents) else folder  # above training, test
         for observer in sorted((release / "additional_annotations").glob("observer_*")):
             raters[observer.name] = volume(observer / folder.relative_to(release) / "result")
@@ -124,14 +124,14 @@ def read_shifts(root: Path) -> list[Case]:
     """
     contrasts = {"FLAIR": "FLAIR", "T1": "T1w", "T2": "T2w", "PD": "PDw", "T1CE": "T1ce"}
     cases = []
-    for flair in below(root, "flair/*_FLAIR_isovox.[nN][iI][iI]*"):
-        number, part = stem(flair).removesuffix("_FLAIR_isovox"), flair.parents[1]
+    for file in a_file_of_each(root, "*/*_{}_isovox", contrasts):
+        number, part = stem(file).removesuffix("_isovox").rpartition("_")[0], file.parents[1]
         images = {
             contrast: volume(part / word.lower() / f"{number}_{word}_isovox") for word, contrast in contrasts.items()
         }
         part = part.absolute()
         name = f"{part.parent.name}_{part.name}_{number}"
-        cases.append(several(name, images, {"gt": volume(flair.parents[1] / "gt" / f"{number}_gt_isovox")}))
+        cases.append(several(name, images, {"gt": volume(file.parents[1] / "gt" / f"{number}_gt_isovox")}))
     return cases
 
 
@@ -157,6 +157,24 @@ def below(root: Path, pattern: str) -> Iterator[Path]:
         if (name := path.with_name(stem(path))) not in seen:  # of .nii and .nii.gz the one stands for both
             yield path
         seen.add(name)
+
+
+def a_file_of_each(root: Path, pattern: str, words: Iterable[str]) -> Iterator[Path]:
+    """A file of each case, where there is a FLAIR: that, or another, so that a case without one is not left out.
+
+    Args:
+        root: the folder.
+        pattern: as for `below`, without the end of the name, and with ``{}`` for the word of a contrast.
+        words: of the contrasts; that of the FLAIR comes first.
+    """
+    found: dict[tuple[Path, str], Path] = {}
+    for word in words:
+        for path in below(root, f"{pattern.format(word)}.[nN][iI][iI]*"):
+            before, _, after = stem(path).rpartition(word)
+            found.setdefault((path.parents[1], before + after), path)
+        if not found:
+            return
+    yield from found.values()
 
 
 def volume(path: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from segment.pages import SHAPE, Elements, masks, read, scan
 
 from rsanet import RSANet
 from rsanet.segment.cases import Case
-from rsanet.segment.html.cohort import write_report
+from rsanet.segment.html.cohort import _check_folder, write_report
 from rsanet.segment.html.page import RESEARCH, SIMULATED, make_page
 from rsanet.segment.html.scan import read_scan
 from rsanet.segment.metrics import PROTOCOLS, evaluate_case
@@ -345,3 +345,9 @@ def test_raters_and_other_pathology_are_said_and_not_counted(tmp_path, phantoms)
     report = write_report(tmp_path / "union", several, tmp_path / "again", raters="union")
     for file in (report.index, *report.pages.values()):
         assert "Reference: union of" in read(file).text
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_page(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file: give a folder for index"):
+        _check_folder(tmp_path / "file" / "pages", [], overwrite=False)

@@ -585,6 +585,42 @@ def test_masks_in_strange_places_of_bids_are_named(tmp_path, put):
     assert strange.endswith("lying in no sub-*/anat: P2/FLAIR.nii.gz.")
 
 
+def test_images_in_strange_places_of_bids_are_named(tmp_path, put):
+    put("sub-1/anat/sub-1_FLAIR.nii.gz", "sub-1/dwi/sub-1_dwi.nii.gz", "sub-1/ses-1/perf/sub-1_ses-1_asl.nii.gz")
+    strange = ["Sub-2/anat/Sub-2_FLAIR.nii.gz", "site/sub-3/anat/sub-3_FLAIR.nii.gz", "sub-4/ses-1/ANAT/FLAIR.nii.gz"]
+    strange += ["sub-5/FLAIR.nii.gz", "sub-6/anat/raw/sub-6_FLAIR.nii.gz"]
+    put(*strange)
+    assert "sub-1" in found(tmp_path, tmp_path)
+    assert left_out(tmp_path) == [
+        f"{tmp_path}: 5 files are left out, lying in no sub-*/anat: {', '.join(sorted(strange))}."
+    ]
+
+
+@pytest.mark.parametrize("folder", ["manual/sub-1", "sub-1/anat", "manual/sub-1/FLAIR", "manual"])
+def test_a_lesion_mask_anywhere_in_derivatives_is_named(tmp_path, put, folder):
+    mask = f"derivatives/{folder}/sub-1_label-lesion_mask.nii.gz"
+    put("sub-1/anat/sub-1_FLAIR.nii.gz", mask)
+    (said,) = left_out(tmp_path)
+    assert said.endswith(f"being no derivatives/*/sub-*/anat/*label-lesion*_mask.nii.gz: {mask}.")
+
+
+@pytest.mark.parametrize("name", ["label-lesion_roi", "roi", "lesions", "FLAIR_lesion", "consensus", "label-lesion"])
+def test_a_mask_among_the_images_of_bids_is_no_contrast(tmp_path, put, name):
+    put("sub-1/anat/sub-1_FLAIR.nii.gz", f"sub-1/anat/sub-1_{name}.nii.gz", "sub-1/anat/sub-1_desc-brain_mask.nii.gz")
+    assert found(tmp_path, tmp_path) == {"sub-1": {"FLAIR": "sub-1/anat/sub-1_FLAIR.nii.gz"}}
+    (said,) = left_out(tmp_path)
+    assert said.endswith(f"_mask.nii.gz: sub-1/anat/sub-1_{name}.nii.gz.")
+
+
+def test_files_of_nnunet_in_other_formats_are_named(tmp_path, put):
+    put("imagesTr/A_0000.nii.gz", "imagesTr/deep/D_0000.nii.gz", "labelsTr/A.nii.gz")
+    put("imagesTr/A_0000.nrrd", "imagesTr/B_0000.nrrd", "imagesTr/C_0000.mgz", content="in a format of its own")
+    put("dataset.json", content={"channel_names": {"0": "FLAIR"}})
+    (said,) = left_out(tmp_path)
+    assert "3 files are left out, not in NIfTI as others are, or lying in a folder of their own: " in said
+    assert said.endswith(": imagesTr/B_0000.nrrd, imagesTr/deep/D_0000.nii.gz, imagesTr/C_0000.mgz.")
+
+
 def test_a_white_matter_lesion_mask_is_one_and_a_mask_of_bet_is_none(tmp_path, put):
     put("P1/FLAIR.nii.gz", "P1/wm_lesion_mask.nii.gz", "P1/T1_bet_mask.nii.gz")
     assert found(tmp_path, tmp_path)["P1"]["mask"] == "P1/wm_lesion_mask.nii.gz"

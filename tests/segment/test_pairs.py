@@ -64,6 +64,31 @@ def test_masks_whose_names_end_as_those_of_images_are_all_compared(put, compared
     assert compared() == (0, sorted(names), "")
 
 
+@pytest.mark.parametrize("names", [("mask", "mask"), ("lesions", "consensus"), ("mask", "FLAIR")])
+def test_masks_that_only_their_folders_tell_apart_are_compared(put, compared, names):
+    put(*(f"{side}/{subject}/{name}.nii.gz" for side, name in zip("pr", names, strict=True) for subject in "AB"))
+    assert compared() == (0, ["A", "B"], "")
+    put("q/A/mask.nii.gz")
+    code, cases, err = compared("q")
+    assert (code, cases) == (1, ["A"])
+    assert "B" in err
+
+
+def test_subjects_that_are_called_as_contrasts_are_compared(put, compared):
+    names = ["FLAIR", "PD", "T1", "mask"]
+    put(*(f"{side}/{name}.nii.gz" for side in "pr" for name in names))
+    assert compared() == (0, names, "")
+
+
+@pytest.mark.parametrize("name", ["B.mgz", "sub/B.mnc"])
+def test_a_mask_in_a_format_that_is_not_read_is_named(put, compared, tmp_path, name):
+    put("p/A.nii.gz", "r/A.nii.gz", "p/sub/C.nii.gz", "r/C.nii.gz")
+    (tmp_path / "p" / name).write_text("")
+    code, cases, err = compared()
+    assert (code, cases) == (0, ["A", "C"])
+    assert f"1 file is left out, being in a format that is not read: convert it to .nii.gz: {name}." in err
+
+
 def test_masks_are_paired_with_the_labels_of_nnunet(put, compared, tmp_path):
     put("p/P1_T1.nii.gz", "p/P1_T2.nii.gz", "D/labelsTr/P1_T1.nii.gz", "D/labelsTr/P1_T2.nii.gz")
     put("D/imagesTr/P1_T1_0000.nii.gz", "D/imagesTr/P1_T2_0000.nii.gz", voxels=image())

@@ -106,6 +106,16 @@ def test_the_tree_of_a_public_data_set_gives_its_cases(tree, name):
 
 
 @pytest.mark.parametrize("name", TREES)
+def test_a_case_without_its_flair_is_not_left_out(tree, name):
+    root = tree(name)
+    flair = next(case.images["FLAIR"] for case in list_cases(root, layout=name)[0] if len(case.images) > 1)
+    flair.rename(flair.with_name("renamed"))
+    cases, _ = list_cases(root, layout=name)
+    assert {case.id: len(case.raters) for case in cases} == {key: raters for key, (_, raters) in CASES[name].items()}
+    assert len([case for case in cases if "FLAIR" not in case.images]) == 1
+
+
+@pytest.mark.parametrize("name", TREES)
 def test_a_folder_that_is_another_data_set_is_refused_with_what_was_wanted(tree, cohort, name):
     with pytest.raises(ValueError, match=rf"{cohort} does not look like {name}: wanted \S.*, found data") as error:
         list_cases(cohort, layout=name)

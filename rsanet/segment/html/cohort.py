@@ -153,8 +153,7 @@ def _check_folder(out: Path, cases: Sequence[Case], *, overwrite: bool) -> None:
             f"{out} already has {there[0]}{' and other pages' if len(there) > 1 else ''}: give another folder, or "
             "--overwrite to replace them."
         )
-    if out.is_dir():
-        files.check_writable(out / INDEX)
+    files.check_writable(out / INDEX)
 
 
 def _subject(case: str) -> str:
