@@ -232,7 +232,7 @@ def test_without_a_compiler_aotinductor_is_refused_in_one_sentence(model, tmp_pa
         (["-o", "model.pt2", "--format", "onnx"], "end it in .onnx"),
         (["-o", "model.onnx", "--format", "tflite"], "give one of onnx, torch-export, aoti"),
         (["-o", "model.onnx", "--decompose"], "onnx is decomposed anyway"),
-        (["-o", "no/where/model.onnx"], "create the folder"),
+        (["-o", "model.safetensors/model.onnx"], "is not a folder"),
     ],
 )
 def test_what_cannot_be_written_is_refused_in_one_sentence(model, tmp_path, rsanet, monkeypatch, args, reason):

@@ -62,11 +62,13 @@ def volumes_made(monkeypatch, function):
     """How many tensors of at least the volume's size the folded backend allocates."""
     made = []
     empty, empty_like, new_zeros = torch.Tensor.new_empty, torch.empty_like, torch.Tensor.new_zeros
+    contiguous = torch.Tensor.contiguous
 
     def note(allocate):
         def call(*args, **kwargs):
             result = allocate(*args, **kwargs)
-            if result.device.type != "meta" and result.nbytes >= VOLUME:
+            copied = allocate is not contiguous or result.data_ptr() != args[0].data_ptr()
+            if copied and result.device.type != "meta" and result.nbytes >= VOLUME:
                 made.append(result.shape)
             return result
 
@@ -76,6 +78,7 @@ def volumes_made(monkeypatch, function):
     monkeypatch.setattr(torch, "empty_like", note(empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", note(empty))
     monkeypatch.setattr(torch.Tensor, "new_zeros", note(new_zeros))
+    monkeypatch.setattr(torch.Tensor, "contiguous", note(contiguous))
     function()
     return len(made)
 

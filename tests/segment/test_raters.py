@@ -145,7 +145,8 @@ def test_training_says_whose_masks_it_learns_from_and_a_resumed_run_keeps_to_the
     folder, _ = drawn
     options = ["--steps", "1", "--layout", "folders", "--raters", "majority", *tiny[:-2], "--val-fraction", "0.5"]
     code, out, err = rsanet("train", folder, "-o", tmp_path / "run", *options)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err.startswith("rsanet: warning: The model finds next to none of the lesions")  # in one step
     assert "1 held out, masks: majority of mask1, mask2, mask3, a tie is no lesion: " in out
     code, out, err = rsanet("train", folder, "-o", tmp_path / "run", "--resume")
     assert (code, err) == (0, "")

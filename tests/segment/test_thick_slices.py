@@ -60,7 +60,8 @@ def test_a_cohort_of_thick_slices_trains_and_predicts_on_its_own_grid(thick, tmp
     assert patch[0] == 24, "every slice, where that costs little"
     images = [thick / "P1" / f"{name}.nii.gz" for name in ("FLAIR", "T1w", "T2w")]
     code, _, err = rsanet("predict", tmp_path / "run", "-i", *images, "-o", tmp_path / "m.nii.gz")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert all("found to be lesion, and left out" in line for line in err.splitlines())  # in the air, after one step
     mask = nib.load(tmp_path / "m.nii.gz")
     assert mask.shape == (40, 44, 24)
     said = json.loads((tmp_path / "m.json").read_text())
@@ -74,18 +75,18 @@ def test_a_model_of_thick_slices_is_not_given_thin_ones_without_a_word(thick, co
     flair = phantoms.image_path(cohort, "sub-001")
     code, _, err = rsanet("predict", tmp_path / "run", "-i", flair, "-o", tmp_path / "m.nii.gz")
     assert code == 0
-    assert err.count("\n") == 1
     assert f"{flair} has voxels of 1×1×1 mm along z, y, x, and {tmp_path / 'run'}" in err
     assert "saw voxels of 5×1×1 mm: its masks may be poor" in err
     assert rsanet("train", thick, "-o", tmp_path / "even", *options, "--spacing", "2")[0] == 0
-    assert rsanet("predict", tmp_path / "even", "-i", flair, "-o", tmp_path / "n.nii.gz")[::2] == (0, "")
+    code, _, err = rsanet("predict", tmp_path / "even", "-i", flair, "-o", tmp_path / "n.nii.gz")
+    assert code == 0
+    assert "saw voxels" not in err
 
 
 def test_a_patch_that_leaves_attention_a_single_slice_is_remarked(thick, tmp_path, rsanet):
     options = ["--steps", "1", "--channels", "8", "8", "8", "--dropout", "0", "--patch", "4", "16", "16"]
     code, _, err = rsanet("train", thick, "-o", tmp_path / "run", *options)
     assert code == 0
-    assert err.count("\n") == 1
     assert "warning: a patch of 4×16×16 is one voxel wide at the coarsest of 3 levels" in err
 
 
