@@ -232,12 +232,12 @@ def test_without_a_compiler_aotinductor_is_refused_in_one_sentence(model, tmp_pa
         (["-o", "model.pt2", "--format", "onnx"], "end it in .onnx"),
         (["-o", "model.onnx", "--format", "tflite"], "give one of onnx, torch-export, aoti"),
         (["-o", "model.onnx", "--decompose"], "onnx is decomposed anyway"),
-        (["-o", "model.safetensors/model.onnx"], "is not a folder"),
+        (["-o", "{model}/model.onnx"], "is a file: give a folder for model.onnx"),
     ],
 )
 def test_what_cannot_be_written_is_refused_in_one_sentence(model, tmp_path, rsanet, monkeypatch, args, reason):
     monkeypatch.chdir(tmp_path)
-    code, _, err = rsanet("export", model, *args)
+    code, _, err = rsanet("export", model, *(arg.format(model=model) for arg in args))
     assert code == 1
     assert reason in err
     assert err.startswith("rsanet: ")
