@@ -592,10 +592,10 @@ def line(row: Mapping[str, object]) -> str:
 
 
 def compare_batches(turns: int, size: int = 64) -> None:
-    """Prints what a batch of one costs in shares of a batch of two, in training and inference, taken in turns.
+    """Prints what a batch of one costs in shares of a batch of two, in training and inference, taken in pairs.
 
     Args:
-        turns: of each.
+        turns: pairs of each.
         size: of the volumes, along every axis.
     """
     network = Source().network().to(memory_format=torch.channels_last_3d)
@@ -616,14 +616,20 @@ def compare_batches(turns: int, size: int = 64) -> None:
         network.train(run is train)
         times: dict[int, list[float]] = {1: [], 2: []}
         for turn in range(turns + 2):
-            for batch, kept in times.items():
+            # In both orders, so that neither batch always runs on what the other left in the caches.
+            for batch in sorted(times, reverse=turn % 2 == 1):
                 volumes = pair[:batch].contiguous(memory_format=torch.channels_last_3d)
                 start = time.perf_counter()
                 run(volumes)
                 if turn >= 2:
-                    kept.append(time.perf_counter() - start)
+                    times[batch].append(time.perf_counter() - start)
+        ratios = [2 * one / two for one, two in zip(times[1], times[2], strict=True)]
         one, share = statistics.median(times[1]), statistics.median(times[2]) / 2
-        print(f"batches {name} alone {1e3 * one:.0f} ms, share of two {1e3 * share:.0f} ms, ratio {one / share:.3f}")
+        quartiles = statistics.quantiles(ratios, n=4)
+        print(
+            f"batches {name} alone {1e3 * one:.0f} ms, share of two {1e3 * share:.0f} ms, "
+            f"ratio {quartiles[1]:.3f} ({quartiles[0]:.3f} to {quartiles[2]:.3f}, the middle half of {turns} pairs)"
+        )
     network.eval()
     masks = infer(pair).argmax(1)
     lone = torch.cat([infer(volume[None]).argmax(1) for volume in pair])
@@ -653,7 +659,7 @@ def main(argv: Sequence[str]) -> int:
     """Measures the network and puts rows into the table as they come; 1 if a provider was wrong or failed."""
     arguments = parse(argv)
     if arguments.batches:
-        compare_batches(5 if arguments.quick else 15)
+        compare_batches(6 if arguments.quick else 24)
         return 0
     source, device = Source(arguments.model, tuple(arguments.image)), here()
     try:

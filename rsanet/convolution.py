@@ -3,8 +3,12 @@
 PyTorch leaves float32 convolutions of one small volume on a CPU to a kernel of its own. That takes up to five times as
 long as oneDNN, and returns contiguous memory: a network in channels_last_3d is rearranged around it. Here oneDNN
 computes them, as it does for several volumes.
+
+At the bottom of a network the weights are larger than the volume, and what oneDNN does to each weight before and after
+takes longer than the convolution. There it is a product of matrices, which reads the weight as it lies.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +22,9 @@ _ONES, _ZEROS = (1, 1, 1), (0, 0, 0)
 
 # With fewer channels oneDNN is slow in the one backward pass that PyTorch lets it have for a lone volume.
 FEWEST_CHANNELS = 16
+
+# Up to so many voxels of the result for each of its channels the product is faster than oneDNN, in training above all.
+MOST_VOXELS = 0.5
 
 
 class Conv3d(nn.Conv3d):
@@ -38,8 +45,11 @@ def conv3d(
     dilation: Sequence[int] = _ONES,
     groups: int = 1,
 ) -> Tensor:
-    """``torch.nn.functional.conv3d``, by oneDNN where PyTorch leaves it out."""
-    if not _leaves_onednn_out(x, weight, bias, stride, padding, dilation, groups):
+    """``torch.nn.functional.conv3d``, by oneDNN where PyTorch leaves it out, and as a product where that is faster."""
+    plain = _is_plain(x, weight, bias)
+    if plain and groups == 1 and max(dilation) == 1 and _is_small(x, weight, bias, stride, padding):
+        return _as_product(x, weight, bias, stride, padding)
+    if not plain or not _leaves_onednn_out(x, weight, bias, stride, padding, dilation, groups):
         return F.conv3d(x, weight, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
     if len(x) == 1 and x.shape[1] < FEWEST_CHANNELS and max(weight.shape[2:]) > 1 and max(dilation) == 1:
         return _in_halves(x, weight, bias, stride, padding, groups)
@@ -51,8 +61,8 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def _leaves_onednn_out(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> bool:
-    """Whether PyTorch takes its own kernel, and nothing comes in between that would have to see a convolution."""
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are float32 volumes of a CPU, and nothing comes in between that would have to see a convolution."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if is_traced() or any(type(tensor) not in _PLAIN or tensor.dtype != torch.float32 for tensor in tensors):
         return False
@@ -64,11 +74,41 @@ def _leaves_onednn_out(x: Tensor, weight: Tensor, bias: Tensor | None, *options:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    if forward_ad._current_level >= 0:
-        return False
+    return forward_ad._current_level < 0
+
+
+def _leaves_onednn_out(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> bool:
+    """Whether PyTorch takes its own kernel."""
     stride, padding, dilation, groups = options
     chosen = torch._C._select_conv_backend(x, weight, bias, stride, padding, dilation, False, _ZEROS, groups)
     return chosen == torch._C._ConvBackend.Slow3d
+
+
+def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether the result has few voxels beside its channels, and the weight lies as the product reads it."""
+    if weight.dim() != 5 or x.shape[1] != weight.shape[1] or max(weight.shape[2:]) == 1:
+        return False
+    # What does not fit is left to PyTorch, which says so.
+    if not (bias is None or bias.shape == weight.shape[:1]) or min(stride) < 1 or min(padding) < 0:
+        return False
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    result = [(length + 2 * edge - size) // step + 1 for length, size, step, edge in sizes]
+    few = min(result) > 0 and 0 < len(x) * math.prod(result) <= MOST_VOXELS * len(weight)
+    return few and weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _as_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """The convolution as the product of a matrix, a row for what each voxel of the result sees, and the weight."""
+    x = F.pad(x, [edge for length in reversed(padding) for edge in (length, length)]).permute(0, 2, 3, 4, 1)
+    seen = torch.arange(x.shape[:4].numel()).view(x.shape[:4])
+    for dim, (size, step) in enumerate(zip(weight.shape[2:], stride, strict=True), start=1):
+        seen = seen.unfold(dim, size, step)
+    # An embedding gathers the voxels; backward it adds whole voxels, which `unfold` does number by number.
+    rows = F.embedding(seen, x.flatten(0, 3)).flatten(4)
+    out = F.linear(rows.flatten(0, 3), weight.permute(0, 2, 3, 4, 1).flatten(1), bias)
+    return out.unflatten(0, rows.shape[:4]).permute(0, 4, 1, 2, 3)
 
 
 def _in_halves(

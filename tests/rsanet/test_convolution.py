@@ -1,4 +1,4 @@
-"""A convolution of one volume takes oneDNN's path, as that of several does: same values, format and derivatives."""
+"""Convolutions of one volume take oneDNN's path, tiny ones are products: same values, format and derivatives."""
 
 import copy
 import io
@@ -12,13 +12,24 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsanet import RSANet
-from rsanet.convolution import Conv3d, conv3d
+from rsanet.convolution import MOST_VOXELS, Conv3d, conv3d
 
 CHANNELS_LAST = torch.channels_last_3d
 FORMATS = [torch.contiguous_format, CHANNELS_LAST]
 # Few channels and many, even and odd depths, one slice; kernel, stride, padding.
 SHAPES = [(3, 6, 5, 4), (3, 5, 4, 3), (2, 1, 3, 4), (17, 4, 3, 5), (20, 1, 2, 2)]
 OPTIONS = [(3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (2, 2, 0)]
+
+# Few voxels beside the channels of the result: volumes, channels, kernel, stride, padding.
+TINY = [
+    ((1, 6, 4, 3, 5), 120, (3, 3, 3), (1, 1, 1), (1, 1, 1)),
+    ((2, 5, 3, 2, 5), 121, (3, 3, 3), (1, 1, 1), (1, 1, 1)),
+    ((3, 4, 5, 4, 3), 80, (3, 3, 3), (2, 2, 2), (1, 1, 1)),
+    ((1, 3, 4, 5, 7), 25, (2, 2, 2), (2, 2, 2), (0, 0, 0)),
+    ((1, 5, 4, 5, 6), 49, (3, 3, 3), (1, 1, 1), (0, 0, 0)),
+    ((2, 7, 3, 4, 5), 90, (1, 3, 5), (3, 1, 2), (0, 2, 1)),
+    ((1, 32, 1, 1, 1), 2, (3, 3, 3), (1, 1, 1), (1, 1, 1)),
+]
 
 
 def case(shape, size, memory_format=CHANNELS_LAST, bias=True):
@@ -71,6 +82,116 @@ def test_no_convolution_of_a_lone_volume_is_left_to_the_plain_kernel(channels):
     names = ran(conv3d)
     assert not any("slow_conv3d" in name for name in names)
     assert "aten::mkldnn_convolution" in names
+
+
+def tiny(which, bias=True):
+    shape, channels, size, stride, padding = which
+    x = random_volume(shape).float().contiguous(memory_format=CHANNELS_LAST)
+    weight = random_volume((channels, shape[1], *size), 2).float().contiguous(memory_format=CHANNELS_LAST)
+    return [x, weight, random_volume((channels,), 3).float() if bias else None], (stride, padding)
+
+
+@pytest.mark.parametrize("which", TINY, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_a_tiny_result_is_a_product_with_all_gradients(which, memory_format):
+    for bias in (True, False):
+        (x, *weights), rest = tiny(which, bias)
+        tensors = [x.contiguous(memory_format=memory_format), *weights]
+        found = gradients(lambda *t: conv3d(*t, *rest), tensors)  # noqa: B023
+        again = gradients(lambda *t: conv3d(*t, *rest), tensors)  # noqa: B023
+        truths = gradients(lambda *t: F.conv3d(*t, *rest), [t if t is None else t.double() for t in tensors])  # noqa: B023
+        assert found[0].is_contiguous(memory_format=CHANNELS_LAST)
+        for one, same, truth in zip(found, again, truths, strict=True):
+            assert one.shape == truth.shape
+            assert torch.equal(one, same)
+            assert relative_error(one, truth) < 2e-6
+
+
+@pytest.mark.parametrize("which", TINY, ids=str)
+def test_no_weight_of_a_product_is_rearranged(which):
+    """The gradient lies as the weight does, and neither it nor the weight is copied."""
+    (x, weight, bias), rest = tiny(which)
+    leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        gradient = torch.autograd.grad(conv3d(*leaves, *rest).sum(), leaves)[1]
+    assert gradient.stride() == weight.stride()
+    names = {event.key for event in profile.key_averages()}
+    assert names & {"aten::mm", "aten::addmm"}
+    assert not any("conv" in name for name in names)
+    numbers = [torch.Size(event.input_shapes[0]).numel() for event in profile.events() if event.key == "aten::copy_"]
+    assert weight.numel() not in numbers
+
+
+def test_a_product_ends_where_the_voxels_do_and_at_other_weights():
+    """A voxel too many, a weight in another order, groups and a dilation are left to a convolution."""
+
+    def ran(*arguments):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            conv3d(*arguments)
+        return any("conv" in event.key for event in profile.key_averages())
+
+    x = random_volume((2, 4, 3, 4, 5)).float().contiguous(memory_format=CHANNELS_LAST)
+    channels = round(len(x) * 60 / MOST_VOXELS)
+    weight = random_volume((channels, 4, 3, 3, 3), 2).float().contiguous(memory_format=CHANNELS_LAST)
+    ones = (1, 1, 1)
+    assert not ran(x, weight, None, ones, ones)
+    assert ran(x, weight[:-1], None, ones, ones)
+    assert ran(x, weight.contiguous(), None, ones, ones)
+    assert ran(x, weight, None, ones, (2, 2, 2), (2, 2, 2))
+    assert ran(x, weight[:, :2].contiguous(memory_format=CHANNELS_LAST), None, ones, ones, ones, 2)
+
+
+def test_what_does_not_fit_is_told_as_torch_tells_it():
+    (x, weight, bias), (stride, padding) = tiny(TINY[0])
+    wrong = [
+        (x[:, :3], weight, bias),
+        (x[:, :, :1, :1, :1], weight, bias),
+        (x, weight, bias[:5]),
+        (x, weight, bias[:1]),
+        (x, weight[0], bias),
+        (x[0, 0], weight, bias),
+        (x, weight.double(), bias),
+        (x, weight[:, :0], bias),
+        (x, weight, bias, (0, 1, 1), padding),
+        (x, weight, bias, stride, (1, -1, 1)),
+    ]
+    for tensors in wrong:
+        with pytest.raises(RuntimeError) as theirs:
+            F.conv3d(*tensors)
+        with pytest.raises(RuntimeError) as ours:
+            conv3d(*tensors)
+        assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("which", TINY[:4], ids=str)
+def test_a_product_in_transforms_and_hooks(which):
+    (x, weight, bias), rest = tiny(which)
+
+    def twice(conv):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        first = torch.autograd.grad(conv(*leaves, *rest).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
+
+    for one, truth in zip(twice(conv3d), twice(F.conv3d), strict=True):
+        assert relative_error(one, truth.double()) < 1e-4
+    loss = lambda conv: lambda x: conv(x, weight, bias, *rest).square().sum()  # noqa: E731
+    for transform in (torch.func.grad, torch.func.vmap):
+        given = x[None] if transform is torch.func.vmap else x
+        torch.testing.assert_close(transform(loss(conv3d))(given), transform(loss(F.conv3d))(given))
+    torch.testing.assert_close(torch.func.jvp(loss(conv3d), (x,), (x,)), torch.func.jvp(loss(F.conv3d), (x,), (x,)))
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.mT.contiguous().mT)
+    with hooks:
+        hooked = conv3d(*leaves, *rest)
+    plain = torch.autograd.grad(conv3d(*leaves, *rest).sum(), leaves)
+    for one, same in zip(torch.autograd.grad(hooked.sum(), leaves), plain, strict=True):
+        torch.testing.assert_close(one, same)
+    with torch.inference_mode():
+        torch.testing.assert_close(conv3d(x, weight, bias, *rest), F.conv3d(x, weight, bias, *rest))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv3d(x, weight, bias, *rest), F.conv3d(x, weight, bias, *rest))
+    torch.testing.assert_close(conv3d(torch._neg_view(x), weight, bias, *rest), F.conv3d(-x, weight, bias, *rest))
 
 
 @pytest.mark.parametrize("channels", [3, 17])
