@@ -35,9 +35,11 @@ demo: install
 	$(RUN)/rsanet report demo/report --data demo/test --pred demo/predictions --model demo/run
 
 # The tests of the C++ kernels count threads, and want the machine for themselves. Triton's kernels run in its interpreter,
-# which a process has from its start or not at all.
+# which a process has from its start or not at all. Threads that wait for work would take the cores from those that have
+# some, of this process or another: a policy of passive makes them sleep.
+test test-nnunet test-report: export OMP_WAIT_POLICY = passive
 test: install
-	OMP_WAIT_POLICY=passive $(RUN)/python -m pytest -n 2 --dist loadfile --ignore tests/cpp
+	$(RUN)/python -m pytest -n 2 --dist loadfile --ignore tests/cpp
 	$(RUN)/python -m pytest tests/cpp
 ifeq ($(shell uname -sm),Linux x86_64)
 	TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 tests/rsa_kernels tests/triton -k triton

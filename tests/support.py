@@ -1,11 +1,13 @@
 """What several tests share: the golden recipe, the published equations written a second time, and their inputs."""
 
+import functools
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.published import published
 from rsa_kernels import available_backends, backends
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,6 +69,15 @@ def with_gradients(function, tensors, upstream):
     leaves = [tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_() for tensor in tensors]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+@functools.cache
+def example(shape, dtype):
+    """Inputs of a block, an upstream gradient, and what `with_gradients` gives in float64 and by eager operators."""
+    tensors = [tensor.to(dtype) for tensor in (random_volume(shape), *random_block(shape[1], gain=0.3))]
+    upstream = random_volume(shape, seed=2).to(dtype)
+    truths = with_gradients(published, [tensor.double() for tensor in tensors], upstream.double())
+    return tensors, upstream, truths, with_gradients(published, tensors, upstream)
 
 
 def relative_error(result, truth):

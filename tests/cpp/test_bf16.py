@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from support import FORMATS, random_block, random_volume, relative_error, with_gradients
+from support import FORMATS, example, random_block, random_volume, relative_error, with_gradients
 
 from benchmarks.published import published
 from rsa_kernels import recurrent_slice_attention, slice_attention
@@ -56,10 +56,8 @@ def half(tensors, memory_format=torch.contiguous_format):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_exact_as_eager(shape, memory_format, recompute):
-    tensors = half([random_volume(shape), *random_block(shape[1], gain=0.3)], memory_format)
-    upstream = random_volume(shape, seed=2).bfloat16()
-    truths = with_gradients(published, [tensor.double() for tensor in tensors], upstream.double())
-    eager = with_gradients(published, tensors, upstream)
+    (volume, *weights), upstream, truths, eager = example(shape, torch.bfloat16)
+    tensors = [volume.contiguous(memory_format=memory_format), *weights]
     results = with_gradients(lambda *t: block(*t, recompute=recompute), tensors, upstream)
     # phi_bias, the sixth, is exactly zero; with one slice so are the other gradients of the logits.
     for index in (0, 1, 2, 3, 4, 6, 7, 8):

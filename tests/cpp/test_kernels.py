@@ -10,9 +10,8 @@ from functools import partial
 
 import pytest
 import torch
-from support import FORMATS, random_block, random_volume, relative_error, with_gradients
+from support import FORMATS, example, random_block, random_volume, relative_error, with_gradients
 
-from benchmarks.published import published
 from rsa_kernels import cpp, recurrent_slice_attention, slice_attention
 
 INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "plain")
@@ -56,12 +55,8 @@ def test_numbers_below_2_to_the_minus_126_are_zero_for_a_pass_and_for_nothing_el
 @pytest.mark.parametrize("dtype", FLOORS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_instruction_set_is_as_exact_as_eager(shape, dtype, memory_format, instruction_set):
-    tensors = [tensor.to(dtype) for tensor in (random_volume(shape), *random_block(shape[1], gain=0.3))]
-    upstream = random_volume(shape, seed=2).to(dtype)
-    truths = with_gradients(published, [tensor.double() for tensor in tensors], upstream.double())
-    eager = with_gradients(published, tensors, upstream)
-    tensors[0] = tensors[0].contiguous(memory_format=memory_format)
-    results = with_gradients(block, tensors, upstream)
+    (volume, *weights), upstream, truths, eager = example(shape, dtype)
+    results = with_gradients(block, [volume.contiguous(memory_format=memory_format), *weights], upstream)
     # phi_bias, the sixth, is exactly zero; with one slice so are the other gradients of the logits.
     for index in (0, 1, 2, 3, 4, 6, 7, 8):
         if truths[index].norm() > 1e-9:
