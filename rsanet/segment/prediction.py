@@ -236,12 +236,12 @@ def _predict_case(
         image = nib.Nifti1Image(read_image(case.images[contrast])[0], grid.affine)
         overlay = nib.Nifti1Image(mask, grid.affine)
         simulated = any(is_simulated(file) for file in paths_of(case))
-        words = {"name": case.id, "simulated": simulated, "contrast": contrast}
+        words = {"name": Path(case.id).name, "simulated": simulated, "contrast": contrast}
         draw_overlay(image, None, overlay, None, files["preview"], **words)
 
     def found() -> Prediction:
         return Prediction(
-            case.id,
+            Path(case.id).name,
             mask,
             probability,
             grid.affine,
@@ -329,7 +329,7 @@ def name_images(contrasts: Sequence[str], images: Any, affine: np.ndarray | None
     named = {name: _as_volume(image, name, affine) for name, image in named.items()}
     first = named[contrasts[0]]
     file = first.get_filename() if isinstance(first, SpatialImage) else first
-    return Case(Path(file).name if file else "the subject", named)
+    return Case(str(file) if file else "the subject", named)  # as messages name a file
 
 
 def _as_volume(image: Any, name: str, affine: np.ndarray | None) -> Path | SpatialImage:
