@@ -227,7 +227,7 @@ def test_an_input_is_never_overwritten(tmp_path, phantoms, which):
 
 def test_a_network_that_gives_nan_gives_no_mask(tmp_path, phantoms):
     images = write_images(tmp_path, phantoms, np.eye(4))
-    with pytest.raises(ValueError, match=r"the model gives FLAIR.nii.gz probabilities that are NaN"):
+    with pytest.raises(ValueError, match=r"the model gives .*FLAIR.nii.gz probabilities that are NaN"):
         predict(segmenter(threshold=np.nan), images, tmp_path / "mask.nii.gz")
     assert not (tmp_path / "mask.nii.gz").exists()
 
