@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rsanet.segment.ensemble import Ensemble, Model, Prepared
 from rsanet.segment.files import check_new, remove_stale, written_beside
 from rsanet.segment.geometry import voxel_volume
 from rsanet.segment.metrics import label_lesions
-from rsanet.segment.provenance import write_sidecar
+from rsanet.segment.provenance import is_ours, write_sidecar
 from rsanet.segment.raters import files_of
 from rsanet.segment.registration import check_registration, transform_name, write_transform
 from rsanet.segment.report import draw_overlay
@@ -257,6 +257,12 @@ def _predict_case(
 
     if out is None:
         return found()
+    if is_ours(files["sidecar"]):  # what stood beside the mask that is replaced would be taken for this one's
+        everything = replace(options, probability_map=True, preview=True, register=True)
+        for name, path in everything.files(out, ensemble.contrasts).items():
+            if name not in files:
+                check_no_input(path, case)
+                path.unlink(missing_ok=True)
     with written_beside(files["mask"]) as partial:
         save_volume(mask, grid, partial)
         result = found()

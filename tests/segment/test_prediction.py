@@ -338,6 +338,19 @@ def test_what_exists_is_kept_and_nothing_computed_unless_it_may_be_replaced(tmp_
     assert (tmp_path / taken).read_bytes() != b"precious"
 
 
+def test_what_the_prediction_before_wrote_does_not_stay_beside_a_mask_that_takes_its_place(tmp_path, phantoms):
+    images = write_images(tmp_path / "in", phantoms, np.eye(4))
+    out = tmp_path / "mask.nii.gz"
+    theirs = [tmp_path / "mask_probseg.nii.gz", tmp_path / "mask.png"]
+    for path in (out, *theirs):
+        path.write_text("of another program")
+    predict(segmenter(), images, out, overwrite=True)
+    assert all(path.exists() for path in theirs)  # no prediction of ours was there
+    predict(segmenter(), images, out, probability_map=True, preview=True, overwrite=True)
+    predict(segmenter(threshold=1.5), images, out, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "mask.json", "mask.nii.gz"]
+
+
 def test_an_ensemble_takes_the_mean_each_model_with_its_own_order_and_voxel_size(tmp_path, phantoms):
     images = write_images(tmp_path, phantoms, np.eye(4))
     members = [segmenter(), segmenter(("T1w", "T2w", "FLAIR"), -1.0), segmenter(threshold=1.0, spacing=(1.5, 1.5, 1.5))]
