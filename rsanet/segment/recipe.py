@@ -58,7 +58,13 @@ class Recipe:
         + ", ".join(f"{rate:g} for {name}" for name, rate in OPTIMIZERS.items())
         + ".",
     ] = None
-    channels: Annotated[tuple[int, ...], "Widths of the levels, the finest first; multiples of 8."] = (32, 64, 128, 256, 512)
+    channels: Annotated[tuple[int, ...], "Widths of the levels, the finest first; multiples of 8."] = (
+        32,
+        64,
+        128,
+        256,
+        512,
+    )
     attention: Annotated[str, f"{', '.join(ATTENTIONS)}: at the coarsest level."] = "rsa"
     attention_scale: Annotated[
         float,
