@@ -207,7 +207,8 @@ def save_model(model: RSANet, path: str | os.PathLike, extra: Mapping[str, Any] 
         # Written here, not by the library, whose files only their owner may read.
         contents = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         with partial.open("wb") as file:
-            file.write(safetensors.torch.save(contents, metadata))
+            for part in _with_metadata(safetensors.torch.save(contents), metadata):
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -218,6 +219,17 @@ def save_model(model: RSANet, path: str | os.PathLike, extra: Mapping[str, Any] 
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> tuple[bytes, bytes, memoryview]:
+    """A file of safetensors in parts, with metadata in the order given.
+
+    The library would order them anew at each call, and files of equal models, and their SHA-256, would differ.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({"__metadata__": dict(metadata), **json.loads(content[8:end])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little"), header, memoryview(content)[end:]
 
 
 def load_model(path: str | os.PathLike, *, recompute: bool = False, backend: str | None = None) -> RSANet:

@@ -86,7 +86,7 @@ def predict(
         typer.echo(f"The mask is {out}.")
         return
 
-    from rsanet.segment.cohort import predict_cohort
+    from rsanet.segment.cohort import EARLIER, predict_cohort
     from rsanet.segment.processes import is_first
 
     def progress(number: int, total: int, result: Any) -> None:
@@ -121,7 +121,11 @@ def predict(
         others = f" The other masks are in {out}." if rows else ""
         total = counted(len(failures) + len(rows), "case")
         have = "has" if len(failures) == 1 else "have"
-        raise ValueError(f"{len(failures)} of {total} {have} no mask: {', '.join(failures)}.{others}")
+        old = [name for name, reason in failures.items() if reason.endswith(EARLIER)]
+        kept = f" What {out} has of {', '.join(old)} is of an earlier run." if old else ""
+        raise ValueError(
+            f"{len(failures)} of {total} {have} no {'new ' * bool(old)}mask: {', '.join(failures)}.{kept}{others}"
+        )
     typer.echo(f"The masks are in {out}, with predictions.csv.")
 
 

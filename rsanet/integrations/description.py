@@ -52,6 +52,7 @@ def describe(model: str | Path) -> Described:
         "window": list(segmenter.roi),
         "spacing": list(segmenter.spacing) if segmenter.spacing else None,
         "voxel_size": list(segmenter.voxel_size) if segmenter.voxel_size else None,
+        "trained_on": segmenter.trained_on,
         "orientation": ORIENTATION,
         "intensities": "tissue of each channel at mean 0 and standard deviation 1, what is no tissue 0",
         "use": "research only",

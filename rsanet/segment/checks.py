@@ -14,6 +14,8 @@ import numpy as np
 from nibabel.affines import from_matvec, voxel_sizes
 from scipy import ndimage
 
+from rsanet.segment.words import listed
+
 COARSE = 2.5  # mm; a look takes voxels together up to this size
 BIN = 0.04  # of the way from the surface to the middle; about 2 mm in an adult
 BINS = 10  # scalp, skull and the fluid beneath are in these
@@ -182,9 +184,7 @@ def doubts(found: Mapping[str, Any], trained: Mapping[str, Any], contrasts: Sequ
             for number, name in enumerate(contrasts)
             if order[number] != number
         ]
-        yield (
-            f"{' and '.join(wrong)}, by what {model} was trained on: check the order of -i, or the names of the files"
-        )
+        yield (f"{listed(wrong)}, by what {model} was trained on: check the order of -i, or the names of the files")
     shell = shell_of(found)
     if shell is None:
         return

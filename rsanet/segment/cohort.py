@@ -19,6 +19,7 @@ from rsanet.segment.provenance import DESCRIPTION, describe_derivatives, is_pred
 from rsanet.segment.words import counted, sizes
 
 TABLE = "predictions.csv"
+EARLIER = "is still that of an earlier run."  # ends the reason of a case whose mask could not be replaced
 PART = ".predictions-{rank}.csv"  # the rows of another process than the first, until they are in the table
 MASK_NAME = "{case}_label-lesion_mask.nii.gz"
 
@@ -270,7 +271,10 @@ def _do_share(
             result = predict_case(ensemble, reading.result(), mask_path(case, out), options)
         except (ValueError, OSError) as error:
             known = isinstance(error, OSError) and error.strerror
-            result = failures[case.id] = f"{error.filename}: {error.strerror.lower()}." if known else str(error)
+            result = f"{error.filename}: {error.strerror.lower()}." if known else str(error)
+            if mask_path(case, out).exists():  # whoever evaluates the folder would take it for a new one
+                result += f" {mask_path(case, out)} {EARLIER}"
+            failures[case.id] = result
         else:
             rows[case.id] = Row.of(result, work.made_by, out)
             _write_table(table, {**work.rows, **rows} if first else rows)

@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rsanet.segment.ensemble import Ensemble, Model, Prepared
 from rsanet.segment.files import check_new, remove_stale, written_beside
 from rsanet.segment.geometry import voxel_volume
 from rsanet.segment.metrics import label_lesions
-from rsanet.segment.provenance import write_sidecar
+from rsanet.segment.provenance import is_ours, write_sidecar
 from rsanet.segment.raters import files_of
 from rsanet.segment.registration import check_registration, transform_name, write_transform
 from rsanet.segment.report import draw_overlay
@@ -236,12 +236,12 @@ def _predict_case(
         image = nib.Nifti1Image(read_image(case.images[contrast])[0], grid.affine)
         overlay = nib.Nifti1Image(mask, grid.affine)
         simulated = any(is_simulated(file) for file in paths_of(case))
-        words = {"name": case.id, "simulated": simulated, "contrast": contrast}
+        words = {"name": Path(case.id).name, "simulated": simulated, "contrast": contrast}
         draw_overlay(image, None, overlay, None, files["preview"], **words)
 
     def found() -> Prediction:
         return Prediction(
-            case.id,
+            Path(case.id).name,
             mask,
             probability,
             grid.affine,
@@ -257,6 +257,12 @@ def _predict_case(
 
     if out is None:
         return found()
+    if is_ours(files["sidecar"]):  # what stood beside the mask that is replaced would be taken for this one's
+        everything = replace(options, probability_map=True, preview=True, register=True)
+        for name, path in everything.files(out, ensemble.contrasts).items():
+            if name not in files:
+                check_no_input(path, case)
+                path.unlink(missing_ok=True)
     with written_beside(files["mask"]) as partial:
         save_volume(mask, grid, partial)
         result = found()
@@ -329,7 +335,7 @@ def name_images(contrasts: Sequence[str], images: Any, affine: np.ndarray | None
     named = {name: _as_volume(image, name, affine) for name, image in named.items()}
     first = named[contrasts[0]]
     file = first.get_filename() if isinstance(first, SpatialImage) else first
-    return Case(Path(file).name if file else "the subject", named)
+    return Case(str(file) if file else "the subject", named)  # as messages name a file
 
 
 def _as_volume(image: Any, name: str, affine: np.ndarray | None) -> Path | SpatialImage:

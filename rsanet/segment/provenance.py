@@ -83,8 +83,13 @@ def describe_derivatives(folder: Path, data: Path) -> None:
 
 def is_predicted(folder: Path) -> bool:
     """Whether a folder holds masks of `rsanet predict`, by its description."""
+    return is_ours(folder / DESCRIPTION)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a JSON file says that `rsanet predict` made what it describes."""
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description = json.loads(path.read_text(encoding="utf-8"))
         return "rsanet" in [entry["Name"] for entry in description["GeneratedBy"]]
     except (OSError, ValueError, LookupError, TypeError):
         return False  # no description, or one that names no maker

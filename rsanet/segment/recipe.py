@@ -24,6 +24,7 @@ CHOICES = {
     "optimizer": tuple(OPTIMIZERS),
     "precision": PRECISIONS,
 }
+GROUPS = 8  # of the network's group norm, which have as many channels each
 SMALLEST_VOXEL, LARGEST_VOXEL = 0.05, 20  # mm; finer is a slip of the header, and no lesion survives coarser
 
 # Settings of the machine, not of the result: a run may go on elsewhere.
@@ -57,7 +58,13 @@ class Recipe:
         + ", ".join(f"{rate:g} for {name}" for name, rate in OPTIMIZERS.items())
         + ".",
     ] = None
-    channels: Annotated[tuple[int, ...], "Widths of the levels, the finest first."] = (32, 64, 128, 256, 512)
+    channels: Annotated[tuple[int, ...], "Widths of the levels, the finest first; multiples of 8."] = (
+        32,
+        64,
+        128,
+        256,
+        512,
+    )
     attention: Annotated[str, f"{', '.join(ATTENTIONS)}: at the coarsest level."] = "rsa"
     attention_scale: Annotated[
         float,
@@ -131,6 +138,9 @@ class Recipe:
             raise ValueError(f"--seed is {self.seed}: give a whole number from 0 to {2**32 - 1}.")
         if len(self.channels) < 2 or min(self.channels) < 1:
             raise ValueError(f"--channels are {self.channels}: give one positive width per level, two or more.")
+        if any(width % GROUPS for width in self.channels):
+            widths = " ".join(map(str, self.channels))
+            raise ValueError(f"--channels are {widths}: give multiples of {GROUPS}, for example 8 16 32.")
         if self.spacing is not None and not all(SMALLEST_VOXEL <= size <= LARGEST_VOXEL for size in self.spacing):
             raise ValueError(
                 f"--spacing is {self.spacing}: give voxel sizes from {SMALLEST_VOXEL} to {LARGEST_VOXEL} mm."

@@ -91,8 +91,9 @@ def _standing_out(voxels: np.ndarray, region: np.ndarray) -> tuple[np.ndarray | 
 
 def _rims(region: np.ndarray) -> np.ndarray:
     """The edges and corners of a region, where less than half of what is around belongs to it."""
-    thin = sum(length < 3 for length in region.shape)  # a slice has no edges but its sides
-    return region & (_around(region, 2) <= (0.62 if thin else 0.45) * 125 / 5**thin)
+    thin = [length for length in region.shape if length < 3]  # one or two slices have no edges but their sides
+    around = 125 * np.prod([length / 5 for length in thin])
+    return region & (_around(region, 2) <= (0.62 if thin else 0.45) * around)
 
 
 def _constant(voxels: np.ndarray, region: np.ndarray, rim: np.ndarray) -> tuple[float | None, np.ndarray]:

@@ -65,6 +65,7 @@ WARM_UP = 0.05  # of the steps
 LONGEST_GRADIENT = 1.0  # its norm is clipped there
 SAVE_SECONDS = 300.0  # a kill loses no more work than this
 HOPELESS = 0.05  # Dice of cases with lesions; marks at random come to about as much
+SMALL_SCALE = 0.005  # of attention; what keeps it graded where larger ones may not
 JUDGED = 3  # training cases that are looked at where no held-out case has a lesion
 
 # Lesions are few voxels: each loss is of the whole batch, since a patch without any says nothing on its own.
@@ -573,7 +574,8 @@ class Session:
             judged = list(itertools.islice(shown, JUDGED))
             found = self.score(network, judged).found
             where = f"of {counted(len(judged), 'training case')}, no held-out case having any"
-        scale = "a smaller --attention-scale (0.005, for example), " if self.recipe.attention != "none" else ""
+        large = self.recipe.attention != "none" and self.recipe.attention_scale > SMALL_SCALE
+        scale = f"a smaller --attention-scale ({SMALL_SCALE}, for example), " if large else ""
         advice = (
             f"give more --steps, {scale}another --lr or a larger --patch, and look whether each mask fits its images"
         )

@@ -42,6 +42,11 @@ def sizes(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
+def listed(words: Sequence[str]) -> str:
+    """A list in a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first few of many names."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""

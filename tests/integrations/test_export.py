@@ -14,10 +14,12 @@ from integrations.models import CONTRASTS, write_images, write_model
 
 import rsanet as package
 from rsa_kernels import ops, reference, use_backend
-from rsanet import load_model
+from rsanet import load_model, save_model
 from rsanet.integrations import export as exports
+from rsanet.integrations.description import describe
 from rsanet.integrations.export import export
 from rsanet.segment import predict, simulate
+from rsanet.segment.checks import BINS, QUANTILES, summary
 from rsanet.segment.data import preprocessing
 from rsanet.segment.datasets import list_cases
 from rsanet.segment.scenario import Scenario
@@ -110,6 +112,16 @@ print((logits - wanted["logits"]).abs().max().item() < 1e-4, "rsanet.unet" in sy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+def test_what_the_training_images_looked_like_goes_along(model, tmp_path):
+    looks = {"shell": [0.0] * 2, "rim": [[1.0] * BINS] * 2, "quantiles": [[0.0] * len(QUANTILES)] * 2,
+             "alike": np.eye(2).tolist()}  # fmt: skip
+    network = load_model(model)
+    trained_on = summary([looks])
+    save_model(network, tmp_path / "model.safetensors", {**network.extra, "trained_on": trained_on})
+    assert describe(tmp_path / "model.safetensors").words["trained_on"] == trained_on
+    assert describe(model).words["trained_on"] is None
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "decomposed.pt2"])

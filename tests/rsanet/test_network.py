@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from support import GOLDEN, golden_parameter, golden_tensor, random_volume, relative_error
 from torch import nn
 
@@ -527,6 +528,17 @@ def test_model_files_take_half_precision_channels_last_and_compiled_networks(tmp
     twin = load_model(tmp_path / "model.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert twin.final[0].weight.dtype == torch.bfloat16
+
+
+def test_files_of_equal_models_are_equal_to_the_byte(tmp_path):
+    network = RSANet(1, 2, (8, 16))
+    files = [tmp_path / f"{number}.safetensors" for number in range(6)]
+    for path in files:
+        save_model(network, path, {"contrasts": ["FLAIR"], "name": "für"})
+    assert len({path.read_bytes() for path in files}) == 1
+    assert load_model(files[0]).extra == {"contrasts": ["FLAIR"], "name": "für"}
+    with safe_open(files[0], "pt") as file:  # what the library reads, padding and all
+        assert file.metadata()["format"] == "pt"
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

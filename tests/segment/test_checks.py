@@ -165,6 +165,11 @@ def test_contrasts_in_another_order_are_told_of_and_in_the_right_one_never(strip
         "the image given as FLAIR looks like T1w and the image given as T1w looks like FLAIR, by what run was trained "
         "on: check the order of -i, or the names of the files"
     ]
+    (cycle,) = doubts(reordered(found, (1, 2, 0)), trained, CONTRASTS, "run")
+    assert cycle.startswith(
+        "the image given as FLAIR looks like T1w, the image given as T1w looks like T2w and the image given as T2w "
+        "looks like FLAIR, by what run"
+    )
 
 
 def test_two_contrasts_and_many_are_compared_too(stripped):

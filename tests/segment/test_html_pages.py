@@ -291,6 +291,25 @@ def test_how_a_mask_was_made_is_said_by_its_json_or_else_by_the_table(cohort, tm
     assert "sub-002_label-lesion_mask.json beside the mask cannot be read." in text
 
 
+def test_what_the_prediction_warned_of_is_on_its_page_and_named_on_the_index(cohort, tmp_path):
+    pred = shutil.copytree(cohort.pred, tmp_path / "pred")
+    told = ["sub-001: the images show a head with its skull.", "sub-001: <b>3</b> voxels."]
+    (pred / "sub-001_label-lesion_mask.json").write_text(json.dumps({"Warnings": told}))
+    (pred / "predictions.csv").write_text(
+        "case,mask,lesions,load_mm3,seconds,backend,window,made_by,warnings\n"
+        "sub-001,m,1,2,3,cpp,64,a,what the JSON says better\nsub-002,m,1,2,3,cpp,64,a,sub-002: of the table.\n"
+    )
+    out = tmp_path / "out"
+    write_report(out, cohort.data, pred)
+    texts = [read(out / f"sub-00{number}.html").text for number in (1, 2, 3)]
+    assert all(f"Warning of the prediction: {words}" in texts[0] for words in told)
+    assert "says better" not in texts[0]
+    assert "Warning of the prediction: sub-002: of the table." in texts[1]
+    assert "Warning of" not in texts[2]
+    index = read(out / "index.html").text
+    assert "2 masks with warnings, which the pages show: sub-001, sub-002." in index
+
+
 def test_the_index_has_the_scores_of_evaluate_and_dashes_without_a_reference(report, cohort, phantoms):
     rows = {row[1]: row for row in read(report / "index.html").rows if len(row) > 5}
     for name in ("sub-001", "sub-002"):

@@ -109,6 +109,21 @@ def test_a_cohort_ends_with_the_cases_that_came_with_warnings(trained, tmp_path,
         assert [row["warnings"] != "" for row in csv.DictReader(file)] == [False, True]
 
 
+def test_a_mask_that_could_not_be_replaced_is_said_to_be_of_before(trained, tmp_path, phantoms, rsanet):
+    data = phantoms.write_cohort(tmp_path / "data", 2)
+    masks = tmp_path / "masks"
+    assert rsanet("predict", trained, "--data", data, "-o", masks)[0] == 0
+    phantoms.image_path(data, "sub-002", "T1w").write_text("no image")
+    code, out, err = rsanet("predict", trained, "--data", data, "-o", masks, "--overwrite")
+    (old,) = masks.rglob("sub-002*_mask.nii.gz")
+    assert f"{old} is still that of an earlier run." in out
+    assert (code, err) == (
+        1,
+        f"rsanet: 1 of 2 cases has no new mask: sub-002. What {masks} has of sub-002 is of an earlier run. The other "
+        f"masks are in {masks}.\n",
+    )
+
+
 def test_register_writes_the_transforms(trained, images, tmp_path, rsanet):
     pytest.importorskip("SimpleITK", reason="registration needs SimpleITK, of the extra formats")
     code, _, err = rsanet("predict", trained, "-i", *images, "-o", tmp_path / "mask.nii.gz", "--register")

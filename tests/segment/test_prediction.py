@@ -227,7 +227,7 @@ def test_an_input_is_never_overwritten(tmp_path, phantoms, which):
 
 def test_a_network_that_gives_nan_gives_no_mask(tmp_path, phantoms):
     images = write_images(tmp_path, phantoms, np.eye(4))
-    with pytest.raises(ValueError, match=r"the model gives FLAIR.nii.gz probabilities that are NaN"):
+    with pytest.raises(ValueError, match=r"the model gives .*FLAIR.nii.gz probabilities that are NaN"):
         predict(segmenter(threshold=np.nan), images, tmp_path / "mask.nii.gz")
     assert not (tmp_path / "mask.nii.gz").exists()
 
@@ -336,6 +336,19 @@ def test_what_exists_is_kept_and_nothing_computed_unless_it_may_be_replaced(tmp_
     assert (tmp_path / taken).read_text() == "precious"
     predict(model, images, out, probability_map=True, preview=True, overwrite=True)
     assert (tmp_path / taken).read_bytes() != b"precious"
+
+
+def test_what_the_prediction_before_wrote_does_not_stay_beside_a_mask_that_takes_its_place(tmp_path, phantoms):
+    images = write_images(tmp_path / "in", phantoms, np.eye(4))
+    out = tmp_path / "mask.nii.gz"
+    theirs = [tmp_path / "mask_probseg.nii.gz", tmp_path / "mask.png"]
+    for path in (out, *theirs):
+        path.write_text("of another program")
+    predict(segmenter(), images, out, overwrite=True)
+    assert all(path.exists() for path in theirs)  # no prediction of ours was there
+    predict(segmenter(), images, out, probability_map=True, preview=True, overwrite=True)
+    predict(segmenter(threshold=1.5), images, out, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "mask.json", "mask.nii.gz"]
 
 
 def test_an_ensemble_takes_the_mean_each_model_with_its_own_order_and_voxel_size(tmp_path, phantoms):
@@ -486,9 +499,11 @@ def test_no_lesion_is_written_in_the_air(tmp_path, phantoms):
     images = write_images(tmp_path, phantoms, np.diag([1.0, 1, 2, 1]))
     everything = segmenter(threshold=-100.0)
     with pytest.warns(
-        DataWarning, match=r"FLAIR.nii.gz: (\d+) voxels outside the head were found to be lesion, and left"
-    ):
+        DataWarning,
+        match=rf"^{tmp_path}.*FLAIR.nii.gz: (\d+) voxels outside the head were found to be lesion, and left",
+    ):  # by its path, as all that is said of a file
         found = predict(everything, images, tmp_path / "mask.nii.gz", probability_map=True)
+    assert found.case == images["FLAIR"].name
     flair = np.asarray(nib.load(images["FLAIR"]).dataobj)
     mask = np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj) > 0
     assert not mask[(flair == 0) & ~ndimage.binary_fill_holes(flair != 0)].any()

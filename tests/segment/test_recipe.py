@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from rsanet.segment.recipe import Recipe, recipe_of, settings, triple
+from rsanet.network import RSANet
+from rsanet.segment.recipe import GROUPS, Recipe, recipe_of, settings, triple
 
 
 @pytest.mark.parametrize(
@@ -16,6 +17,7 @@ from rsanet.segment.recipe import Recipe, recipe_of, settings, triple
         {"patch": (0, 8, 8)},
         {"channels": ()},
         {"channels": (8,)},
+        {"channels": (4, 8, 16)},
         {"lr": math.inf},
         {"seed": -1},
         {"seed": 2**32},
@@ -71,6 +73,12 @@ def test_one_value_stands_for_three_axes():
 def test_ways_to_divide_the_cases_are_not_mixed(setting, words):
     with pytest.raises(ValueError, match=words):
         Recipe(**setting)
+
+
+def test_widths_that_the_network_cannot_have_are_refused_before_a_file_is_read():
+    with pytest.raises(ValueError, match="--channels are 4 8 16: give multiples of 8"):
+        Recipe(channels=(4, 8, 16))
+    assert RSANet(3, 2, (8, 16)).config["norm"][1]["num_groups"] == GROUPS
 
 
 def test_the_usual_learning_rate_follows_the_optimizer():

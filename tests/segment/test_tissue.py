@@ -156,8 +156,12 @@ def test_mirrored_or_permuted_axes_change_nothing(kind):
     assert np.array_equal(tissue_mask(np.asfortranarray(voxels)), tissue)
 
 
+# Across which axis, and how many slices.
+SLABS = {"slab": (2, 6), "sagittal slab": (0, 6), "slice": (2, 1), "two slices": (2, 2), "two sagittal slices": (0, 2)}
+
+
 @pytest.mark.parametrize("kind", ["clean", "air", "air, offset", "scored over the head"])
-@pytest.mark.parametrize("view", ["tight", "cut on every side", "slab", "sagittal slab", "slice"])
+@pytest.mark.parametrize("view", ["tight", "cut on every side", *SLABS])
 @pytest.mark.parametrize("name", HEADS)
 def test_a_narrow_view_shows_what_the_whole_one_does(name, view, kind):
     image, head = HEADS[name]
@@ -166,7 +170,7 @@ def test_a_narrow_view_shows_what_the_whole_one_does(name, view, kind):
     if view == "cut on every side":
         cut = [slice(low + 4, high - 3) for low, high in edges]
     elif view != "tight":
-        axis, length = {"slab": (2, 6), "sagittal slab": (0, 6), "slice": (2, 1)}[view]
+        axis, length = SLABS[view]
         cut = [slice(None)] * 3
         cut[axis] = slice(26, 26 + length)
     voxels = KINDS[kind](image, head).astype(np.float32)[tuple(cut)]

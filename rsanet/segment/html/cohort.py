@@ -23,7 +23,7 @@ from rsanet.segment.metrics import PROTOCOLS, Protocol
 from rsanet.segment.overview import choose_cases
 from rsanet.segment.pairs import masks_of_cases, only_mask
 from rsanet.segment.segmenter import Segmenter
-from rsanet.segment.words import counted
+from rsanet.segment.words import counted, some
 
 INDEX = "index.html"
 # What the cohort's page says of the agreement, by the names of the numbers.
@@ -206,6 +206,9 @@ def make_index(
     lesions = [lesion for page in pages for lesion in page.lesions]
     present = {lesion.status for lesion in lesions}
     without = [f"{counted(len(left_out), 'case')} of the cohort without a predicted mask."] if left_out else []
+    doubtful = [page.name for page in pages if page.warnings]
+    if doubtful:
+        without.append(f"{counted(len(doubtful), 'mask')} with warnings, which the pages show: {some(doubtful)}.")
     return render(
         "index.html",
         pages=pages,

@@ -79,6 +79,7 @@ class Page:
         follow_up: the comparison with the session before, if there is one.
         thumbnail: the axial slice with the most lesions.
         html: the page.
+        warnings: what `rsanet predict` found doubtful, a sentence each.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Page:
     follow_up: FollowUp | None
     thumbnail: Picture
     html: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -145,6 +147,7 @@ def make_page(
         follow_up,
         thumbnail,
         "",
+        list_warnings(scan, row or {}),
     )
     content = {
         "page": page,
@@ -162,7 +165,7 @@ def make_page(
         "before_file": page_file(before.name) if before else "",
         "maps": [draw_attention(axis, weights) for axis, weights in (maps or {}).items()],
         "facts": list_facts(scan, row or {}),
-        "remarks": [*scan.notes, *remarks],
+        "remarks": [*(f"Warning of the prediction: {words}" for words in page.warnings), *scan.notes, *remarks],
         "protocol": protocol.describe(),
         "simulated": simulated,
     }
@@ -187,6 +190,13 @@ def list_facts(scan: Scan, row: Mapping[str, str]) -> list[tuple[str, str]]:
     if len(facts) == 1:
         facts += [(words, row[key]) for key, words in ROW_FACTS.items() if row.get(key)]
     return facts
+
+
+def list_warnings(scan: Scan, row: Mapping[str, str]) -> tuple[str, ...]:
+    """What the prediction warned of: by the mask's JSON, else by the table of the cohort."""
+    told = scan.sidecar.get("Warnings")
+    told = told if isinstance(told, list) else [row.get("warnings")]
+    return tuple(filter(None, map(_plain, told)))
 
 
 def _plain(value: Any) -> str:
