@@ -145,6 +145,10 @@ def explain(error: BaseException) -> str:
         return f"This command needs {package}, which is not installed: {install(extra)}."
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
         return "There is not enough memory: give a smaller --patch, --batch or --roi, or take a larger machine."
+    if isinstance(error, NotADirectoryError) and error.filename:
+        path = Path(os.fsdecode(error.filename))
+        file = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), path)
+        return f"{path} cannot be used: {file} is a file, not a folder; give another path."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}." if error.filename else f"{error.strerror}."
     if isinstance(error, (ValueError, RuntimeError, OSError)) and is_ours(error):

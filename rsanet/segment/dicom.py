@@ -76,7 +76,7 @@ def is_series(folder: Path) -> bool:
         files = _files(folder)
     except OSError:  # whoever may not look into it cannot mean it
         return False
-    return any(_is_dicom(path) for path in files[:LOOKED_AT])
+    return any(is_dicom(path) for path in files[:LOOKED_AT])
 
 
 def read_series(itk: Any, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +122,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
+    """Whether a file is of DICOM, by its name or its beginning."""
     if path.name.lower().endswith(SLICES):
         return True
     try:
@@ -160,7 +161,7 @@ def _check_all_read(folder: Path, paths: list[Path]) -> None:
     kinds = {_kind(path) for path in paths} | {None}
     names = {path.name for path in paths}
     unread = [
-        path.name for path in _files(folder) if path.name not in names and _is_dicom(path) and _kind(path) in kinds
+        path.name for path in _files(folder) if path.name not in names and is_dicom(path) and _kind(path) in kinds
     ]
     if unread:
         raise ValueError(

@@ -21,7 +21,7 @@ SCANS = re.compile(
     rf"(id|case|scan|mrn|uid){CALLED}?|(image|study|exam|series|record|file|bids){CALLED}|name|key|identifier"
 )
 SESSIONS = re.compile(rf"(session|ses|visit|timepoint|tp){CALLED}?")
-MISSING = ("", "n/a", "na", "nan", "none", "null", "nil", "-", "--", "#n/a", "<na>")  # in lower case
+MISSING = ("", "n/a", "na", "nan", "none", "null", "nil", "-", "--", ".", "?", "#n/a", "<na>")  # in lower case
 SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # Excel's first line
 
 HEADER = "id,FLAIR,T1w,mask"  # of a table, for example
@@ -178,7 +178,7 @@ def _listed(rows: Sequence[tuple[str, Sequence[tuple[str, Any]]]], path: Path) -
     cases, unknown = [], dict.fromkeys(())
     for where, columns in rows:
         name, images, masks = "", [], []
-        for column, value in columns:
+        for column, value in sorted(columns, key=lambda pair: pair[0] == session_column):  # the subject comes first
             kind = kind_of(column)
             file = isinstance(value, str) and names_volume(value)
             missing = _is_missing(value)
@@ -235,7 +235,7 @@ def _naming_columns(given: Mapping[str, Sequence[Any]]) -> tuple[str | None, str
     case = next((column for column in every if len(set(texts[column])) == len(texts[column])), None)
     if case is None and sessions:
         both = set(zip(texts[every[0]], texts[sessions[0]], strict=True))
-        if len(both) == len(texts[every[0]]) and list(given).index(every[0]) < list(given).index(sessions[0]):
+        if len(both) == len(texts[every[0]]):
             return every[0], None, sessions[0]
     case = case or every[0]
     return case, subjects[0] if subjects and case in scans else None, None

@@ -15,6 +15,7 @@ from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.spatialimages import SpatialImage
 from scipy import ndimage
 
+from rsanet.segment.dicom import is_dicom
 from rsanet.segment.formats import FORMATS, is_other_format, is_series, read_other_format
 from rsanet.segment.geometry import align, lattice
 from rsanet.segment.geometry import same_grid as same_grid
@@ -32,7 +33,6 @@ ENDS = re.compile(r"\.(nii(\.gz)?|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
 CONVERTERS = {
     (".mgz", ".mgh"): "mri_convert of FreeSurfer",
     (".hdr", ".img", ".hdr.gz", ".img.gz"): "fslchfiletype NIFTI_GZ of FSL",
-    (".dcm", ".ima"): "dcm2niix",
     (".mnc", ".mif"): "ITK-SNAP or MRtrix",
 }
 
@@ -159,6 +159,11 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{path} cannot be opened: permission denied.") from error
     if not is_nifti(path) and not is_other_format(path):
         tool = next((tool for ends, tool in CONVERTERS.items() if path.name.lower().endswith(ends)), None)
+        if is_dicom(path):
+            raise ValueError(
+                f"{path} is not NIfTI: convert it to .nii.gz, for example with dcm2niix, or give the folder of its "
+                "series."
+            )
         raise ValueError(
             f"{path} is not NIfTI: {f'convert it to .nii.gz, for example with {tool}' if tool else wanted}."
         )

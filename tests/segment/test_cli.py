@@ -763,3 +763,14 @@ def test_messages_and_pages_name_what_there_is(path):
             )
         for verb in re.findall(r"(?:^|`|\$\(|: )rsanet ([a-z][a-z-]+)(?=[ `)]|$)", text, re.MULTILINE):
             assert verb in commands, (verb, text[:200])
+
+
+@pytest.mark.parametrize("command", [["simulate", "{}", "--subjects", "1", "--spacing", "4"]])
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, rsanet, command):
+    (tmp_path / "notes").write_text("kept")
+    status, _, error = rsanet(*(part.format(tmp_path / "notes" / "x") for part in command))
+    assert (status, error.strip().splitlines()[-1]) == (
+        1,
+        f"rsanet: {tmp_path}/notes/x cannot be used: {tmp_path}/notes is a file, not a folder; give another path.",
+    )
+    assert (tmp_path / "notes").read_text() == "kept"

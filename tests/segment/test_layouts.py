@@ -416,11 +416,14 @@ def test_of_a_subject_with_several_scans_the_scan_is_the_case(put):
     path = put("b.tsv", content="participant_id\tsession_id\tFLAIR\nsub-1\tses-1\ta.nii\nsub-1\tses-2\tb.nii\n")
     cases = list_cases(path)[0]
     assert [(case.id, subject_of(case)) for case in cases] == [("sub-1_ses-1", "sub-1"), ("sub-1_ses-2", "sub-1")]
+    path = put("d.tsv", content="session_id\tFLAIR\tparticipant_id\nses-1\ta.nii\tsub-1\nses-2\tb.nii\tsub-1\n")
+    cases = list_cases(path)[0]
+    assert [(case.id, subject_of(case)) for case in cases] == [("sub-1_ses-1", "sub-1"), ("sub-1_ses-2", "sub-1")]
     path = put("c.csv", content="Subject,Visit,FLAIR\nP1,1,a.nii\nP1,1,b.nii\n")
     refused(path, "names P1 more than once")
 
 
-MISSING = ["n/a", "N/A", "NA", "NaN", "nan", "none", "None", "", "  ", "null", "#N/A", "-"]
+MISSING = ["n/a", "N/A", "NA", "NaN", "nan", "none", "None", "", "  ", "null", "#N/A", "-", ".", "?"]
 
 
 @pytest.mark.parametrize("missing", MISSING)

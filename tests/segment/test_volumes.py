@@ -107,7 +107,7 @@ def test_a_file_that_cannot_serve_is_refused_in_one_sentence(tmp_path, caplog, k
         ("x.mgz", "mri_convert"),
         ("x.hdr", "FSL"),
         ("x.IMG", "FSL"),
-        ("x.dcm", "dcm2niix"),
+        ("x.dcm", "dcm2niix, or give the folder of its series"),
         ("x.mnc", "ITK-SNAP"),
         ("x.txt", r"ends in .nii or .nii.gz"),
     ],
@@ -116,6 +116,12 @@ def test_another_format_is_refused_with_what_converts_it(tmp_path, name, tool):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=f"{name} is not NIfTI: .*{tool}"):
         read_volume(tmp_path / name)
+
+
+def test_a_slice_of_dicom_whose_name_has_no_end_is_known_by_its_beginning(tmp_path):
+    (tmp_path / "IM0001").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 8)
+    with pytest.raises(ValueError, match=r"IM0001 is not NIfTI: .*dcm2niix, or give the folder of its series"):
+        read_volume(tmp_path / "IM0001")
 
 
 def test_a_file_without_permission_is_named(tmp_path, head, phantoms, monkeypatch):
