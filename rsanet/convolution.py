@@ -94,7 +94,9 @@ def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[i
     sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     result = [(length + 2 * edge - size) // step + 1 for length, size, step, edge in sizes]
     few = min(result) > 0 and 0 < len(x) * math.prod(result) <= MOST_VOXELS * len(weight)
-    return few and weight.is_contiguous(memory_format=torch.channels_last_3d)
+    # Who lets matrix products be coarse, for a GPU mostly, did not ask for coarse convolutions.
+    exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    return few and exact and weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def _as_product(

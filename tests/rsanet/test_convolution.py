@@ -276,6 +276,18 @@ def test_what_a_frozen_convolution_gave_may_be_changed_in_place(shape, channels)
     torch.testing.assert_close(factor.grad, was.sum(), rtol=1e-4, atol=1e-3)
 
 
+def test_coarse_products_do_not_make_convolutions_coarse():
+    x, conv = random_volume((2, 64, 2, 2, 2)).float(), Conv3d(64, 64, 3, padding=1).to(memory_format=CHANNELS_LAST)
+    wanted = nn.functional.conv3d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = conv(x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert "Permute" in type(conv(x).grad_fn).__name__  # a product again
+
+
 def _saved(traced):
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
