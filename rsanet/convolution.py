@@ -94,7 +94,9 @@ def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[i
     sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     result = [(length + 2 * edge - size) // step + 1 for length, size, step, edge in sizes]
     few = min(result) > 0 and 0 < len(x) * math.prod(result) <= MOST_VOXELS * len(weight)
-    return few and weight.is_contiguous(memory_format=torch.channels_last_3d)
+    # Who lets matrix products be coarse, for a GPU mostly, did not ask for coarse convolutions.
+    exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    return few and exact and weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def _as_product(
@@ -102,13 +104,18 @@ def _as_product(
 ) -> Tensor:
     """The convolution as the product of a matrix, a row for what each voxel of the result sees, and the weight."""
     x = F.pad(x, [edge for length in reversed(padding) for edge in (length, length)]).permute(0, 2, 3, 4, 1)
-    seen = torch.arange(x.shape[:4].numel()).view(x.shape[:4])
+    seen = torch.arange(x.shape[:4].numel(), device=x.device).view(x.shape[:4])
     for dim, (size, step) in enumerate(zip(weight.shape[2:], stride, strict=True), start=1):
         seen = seen.unfold(dim, size, step)
     # An embedding gathers the voxels; backward it adds whole voxels, which `unfold` does number by number.
     rows = F.embedding(seen, x.flatten(0, 3)).flatten(4)
     out = F.linear(rows.flatten(0, 3), weight.permute(0, 2, 3, 4, 1).flatten(1), bias)
-    return out.unflatten(0, rows.shape[:4]).permute(0, 4, 1, 2, 3)
+    return _no_view(out.unflatten(0, rows.shape[:4]).permute(0, 4, 1, 2, 3))
+
+
+def _no_view(out: Tensor) -> Tensor:
+    """A result that may be changed in place, as that of any convolution may, where gradients are recorded later."""
+    return out if torch.is_grad_enabled() else out.data  # `detach` makes one more view
 
 
 def _in_halves(
@@ -123,7 +130,7 @@ def _in_halves(
     halves = torch.cat([x[:, :, :needed], x[:, :, half * step :]])
     out = F.conv3d(halves, weight, bias, stride, (0, *padding[1:]), 1, groups)
     memory_format = torch.contiguous_format if out.is_contiguous() else torch.channels_last_3d
-    return out.transpose(0, 1).flatten(1, 2)[None, :, :slices].contiguous(memory_format=memory_format)
+    return _no_view(out.transpose(0, 1).flatten(1, 2)[None, :, :slices].contiguous(memory_format=memory_format))
 
 
 class _OneDnn(torch.autograd.Function):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from rsanet.attention import DEFAULT_AXES, RSABlock, SABlock
 
@@ -69,11 +70,11 @@ def _unpickled(base: type[nn.Module]) -> nn.Module:
 _READ = ("__iter__", "__len__", "__getitem__", "__contains__")
 _READ_BY_NAME = ("keys", "values", "items")
 _CHANGE = ("__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "insert", "extend", "pop", "update", "clear")
-_CLASSES: set[type] = set()
+_CLASSES: dict[type, type[nn.Module]] = {}  # those of stages, and what each was before
 
 
 def _class_before(kind: type) -> type[nn.Module]:
-    return kind.__bases__[1]
+    return _CLASSES[kind]
 
 
 @functools.cache
@@ -85,8 +86,21 @@ def _class_with_block(base: type[nn.Module]) -> type[nn.Module]:
         methods |= {name: _reading(base, name) for name in _READ_BY_NAME if hasattr(base, name)}
         methods |= {name: _changing(base, name) for name in _CHANGE if hasattr(base, name)}
     kind = type(base)(base.__name__, (WithRSA, base), methods)
-    _CLASSES.add(kind)
+    _CLASSES[kind] = base
     return kind
+
+
+def _changed_class(stage: nn.Module, change: Callable[[type], type]) -> type[nn.Module]:
+    """What the class of a stage becomes, whose own class is changed below the one that a parametrization made of it.
+
+    PyTorch takes its own from the very class of a module, and gives it the first class below.
+    """
+    kind = type(stage)
+    if not parametrize.is_parametrized(stage) or not vars(kind).keys() & stage.parametrizations.keys():
+        return change(kind)
+    # Copies of the stage share its class: it stays as it is.
+    methods = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, (change(kind.__bases__[0]),), methods)
 
 
 def _reading(base: type[nn.Module], name: str) -> Callable:
@@ -573,7 +587,7 @@ def insert_rsa(
         block.to(like.device, like.dtype)
     block.train(stage.training)
 
-    kind = _class_with_block(type(stage))
+    kind = _changed_class(stage, _class_with_block)
     stage.add_module(NAME, block)
     stage._forward_hooks[NAME] = _attend
     stage.__class__ = kind
@@ -607,15 +621,18 @@ def remove_rsa(model: nn.Module, path: str | None = None) -> nn.Module:
             held = ", ".join(places) or "no submodule"
             raise ValueError(f"submodule {path!r} has no RSA block that insert_rsa put in: {held} has one")
         places = {path: stage}
+    before = {}
     for name, stage in places.items():
-        if type(stage) not in _CLASSES:
+        try:
+            before[stage] = _changed_class(stage, _class_before)
+        except KeyError:
             raise ValueError(
                 f"submodule {name!r} became a {type(stage).__name__} after the RSA block was put in: undo that first"
-            )
-    for stage in places.values():
+            ) from None
+    for stage, kind in before.items():
         stage._modules.pop(NAME, None)
         stage._forward_hooks.pop(NAME, None)
-        stage.__class__ = _class_before(type(stage))
+        stage.__class__ = kind
         for hook in list(stage._forward_pre_hooks.values()):
             if isinstance(first := getattr(hook, "__self__", None), _FirstPass):
                 first.called = True  # for the hooks of a network that this model is a part of

@@ -248,6 +248,46 @@ def test_the_module_is_torchs_in_all_but_speed(channels):
     close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
+# A product, two halves, and oneDNN.
+WAYS = {"product": ((1, 32, 2, 2, 2), 64), "halves": ((1, 4, 8, 8, 8), 8), "oneDNN": ((1, 32, 8, 8, 8), 32)}
+
+
+@pytest.mark.parametrize(("shape", "channels"), WAYS.values(), ids=WAYS)
+def test_new_tensors_of_another_device_by_default_change_nothing(shape, channels):
+    x = random_volume(shape).float().requires_grad_()
+    conv = Conv3d(shape[1], channels, 3, padding=1).to(memory_format=CHANNELS_LAST)
+    wanted = nn.functional.conv3d(x, conv.weight, conv.bias, padding=1)
+    with torch.device("meta"):
+        found = conv(x)
+        found.sum().backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, torch.autograd.grad(wanted.sum(), x)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "channels"), WAYS.values(), ids=WAYS)
+def test_what_a_frozen_convolution_gave_may_be_changed_in_place(shape, channels):
+    conv = Conv3d(shape[1], channels, 3, padding=1).to(memory_format=CHANNELS_LAST)
+    with torch.no_grad():
+        out = conv(random_volume(shape).float())
+    was = out.clone()
+    factor = torch.tensor(3.0, requires_grad=True)
+    out.mul_(factor).sum().backward()
+    torch.testing.assert_close(out, 3 * was)
+    torch.testing.assert_close(factor.grad, was.sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_coarse_products_do_not_make_convolutions_coarse():
+    x, conv = random_volume((2, 64, 2, 2, 2)).float(), Conv3d(64, 64, 3, padding=1).to(memory_format=CHANNELS_LAST)
+    wanted = nn.functional.conv3d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = conv(x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert "Permute" in type(conv(x).grad_fn).__name__  # a product again
+
+
 def _saved(traced):
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)

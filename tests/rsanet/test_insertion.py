@@ -12,7 +12,7 @@ import torch._dynamo.testing
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.fx.experimental.optimization import fuse
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from rsanet import RSABlock, SABlock, insert_rsa, remove_rsa
@@ -474,18 +474,33 @@ def test_a_stage_that_is_replaced_takes_its_block_along_and_a_deleted_block_is_t
         model(X)
 
 
-def test_a_class_that_was_changed_since_is_told():
-    class Scaled(nn.Module):
-        def forward(self, x):
-            return 2 * x
+@pytest.mark.parametrize("block_first", [False, True], ids=["weight_norm_first", "block_first"])
+@pytest.mark.parametrize("block_out_first", [False, True], ids=["weight_norm_out_first", "block_out_first"])
+def test_parametrizations_and_blocks_go_in_and_out_in_any_order(block_first, block_out_first):
+    model = network()
+    out = model(X)
+    into = [lambda: nn.utils.parametrizations.weight_norm(model.head), lambda: insert_rsa(model, "head")]
+    for put in reversed(into) if block_first else into:
+        put()
+    torch.testing.assert_close(model(X), out)
+    attended = opened(model)(X)
+    assert torch.equal(copy.deepcopy(model)(X), attended)
+    assert parametrize.type_before_parametrizations(model.head).__name__ == "Conv3d"
+    away = [lambda: parametrize.remove_parametrizations(model.head, "weight"), lambda: remove_rsa(model)]
+    for take in reversed(away) if block_out_first else away:
+        take()
+        torch.testing.assert_close(model(X), attended if take is away[0] and not block_out_first else out)
+    assert type(model.head) is nn.Conv3d
+    assert sorted(model.state_dict()) == sorted(network().state_dict())
 
+
+def test_a_class_that_was_changed_since_is_told():
     model = insert_rsa(network(), "head")
-    nn.utils.parametrize.register_parametrization(model.head, "weight", Scaled())
-    out = opened(model)(X)
-    assert torch.equal(copy.deepcopy(model)(X), out)
-    with pytest.raises(ValueError, match=r"'head' became a ParametrizedConv3d after.*undo that first"):
+    with_block = type(model.head)
+    model.head.__class__ = type("Wrapped", (with_block,), {})
+    with pytest.raises(ValueError, match=r"'head' became a Wrapped after.*undo that first"):
         remove_rsa(model)
-    nn.utils.parametrize.remove_parametrizations(model.head, "weight")
+    model.head.__class__ = with_block
     assert type(remove_rsa(model).head) is nn.Conv3d
 
 
