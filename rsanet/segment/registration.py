@@ -111,6 +111,16 @@ class Sketch:
         """The centre of the head, in mm."""
         return self.points[self.own > 0].mean(0)
 
+    def is_thin(self) -> bool:
+        """Whether the head has but one or two layers along an axis."""
+        return bool((np.ptp(np.argwhere(self.levels > 0), axis=0) < 2).any())
+
+    def overlap(self, other: "Sketch") -> float:
+        """Of the two heads by their headers, see `Found`."""
+        mine, its = (part > 0 for part in self.seen(other, np.eye(4)))
+        least = min(np.count_nonzero(mine), np.count_nonzero(its))
+        return np.count_nonzero(mine & its) / least if least else 0.0
+
     def find(self, other: "Sketch", starts: Sequence[np.ndarray] = (np.eye(4),)) -> Found:
         """Where another contrast lies, sought from where its header puts it.
 
@@ -122,6 +132,8 @@ class Sketch:
         """
         if not self.own.any() or not other.levels.any():
             return Found(np.eye(4), 0.0, 0.0, 1.0)
+        if self.is_thin() or other.is_thin():  # a turn or a shift out of the slices changes nothing that is seen
+            return Found(np.eye(4), 0.0, 0.0, self.overlap(other))
         centre = self.middle()
 
         def matrix(start: np.ndarray, move: np.ndarray) -> np.ndarray:
@@ -143,10 +155,7 @@ class Sketch:
         found = max(ends, key=lambda end: end[0])[1]
         inner = self.points[self.own > 0]
         apart = float(np.linalg.norm(apply_affine(found, inner) - inner, axis=-1).mean())
-        mine, its = (part > 0 for part in self.seen(other, np.eye(4)))
-        least = min(np.count_nonzero(mine), np.count_nonzero(its))
-        covered = np.count_nonzero(mine & its) / least if least else 0.0
-        return Found(found, apart, apart / self.radius, float(covered))
+        return Found(found, apart, apart / self.radius, self.overlap(other))
 
 
 def alike(one: np.ndarray, other: np.ndarray) -> float:

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 
@@ -55,6 +56,17 @@ def test_contrasts_that_lie_together_are_at_home():
     assert found.overlap == 1
     whole = sketch(flair()).find(sketch(head("T1w", 9, skull=True)[0]))  # the one lies within the other
     assert not whole.is_apart()
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("axis", range(3))
+def test_a_few_slices_are_not_apart_as_a_turn_out_of_them_is_not_seen(axis, slices):
+    part = tuple(slice(20, 20 + slices) if dim == axis else slice(None) for dim in range(3))
+    first, second = (sketch(head(name, 9)[0].slicer[part]) for name in ("FLAIR", "T1w"))
+    found = first.find(second)
+    assert (found.apart, found.is_apart()) == (0, False)
+    beside = dataclasses.replace(second, affine=rigid(shift=(60, 60, 60)) @ second.affine)
+    assert first.find(beside).is_apart()
 
 
 def test_thick_slices_of_another_field_of_view_are_compared_where_both_are():
