@@ -91,7 +91,7 @@ def test_dynamic_shapes_do_not_recompile(backend):
     )
     block = [tensor.requires_grad_() for tensor in random_block(6)]
     compilations = []
-    for shape in [(2, 6, 4, 5, 7), (3, 6, 9, 8, 10), (5, 6, 11, 2, 8)]:
+    for shape in [(2, 6, 4, 5, 7), (3, 6, 5, 4, 6), (5, 6, 7, 2, 3)]:
         x = random_volume(shape).requires_grad_()
         out = compiled(x, *block)
         torch.testing.assert_close(out, recurrent_slice_attention(x, *block, backend=backend))

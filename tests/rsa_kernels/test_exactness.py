@@ -22,6 +22,7 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 # ||error|| may be twice that of eager PyTorch in the same precision, plus this.
 FLOORS = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+LARGE = (1, 32, 9, 11, 10) if INTERPRETED else (1, 32, 16, 18, 17)
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ def test_zero_betas_make_the_identity_and_still_learn(backend):
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", FLOORS)
-@pytest.mark.parametrize("shape", [(2, 8, 6, 7, 5), (1, 32, 16, 18, 17), (1, 96, 5, 7, 6)])
+@pytest.mark.parametrize("shape", [(2, 8, 6, 7, 5), LARGE, (1, 96, 5, 7, 6)])
 def test_error_is_at_most_twice_eager_pytorch(shape, dtype, memory_format, backend):
     tensors = [tensor.to(dtype) for tensor in (random_volume(shape), *random_block(shape[1], gain=0.3))]
     upstream = random_volume(shape, seed=2).to(dtype)
@@ -282,7 +283,8 @@ def test_same_bits_on_every_run(dtype, memory_format, backend):
     tensors[0] = tensors[0].contiguous(memory_format=memory_format)
     upstream = random_volume(shape, seed=2).to(dtype)
     runs = [
-        with_gradients(lambda *t: recurrent_slice_attention(*t, backend=backend), tensors, upstream) for _ in range(3)
+        with_gradients(lambda *t: recurrent_slice_attention(*t, backend=backend), tensors, upstream)
+        for _ in range(2 if INTERPRETED else 3)
     ]
     for run in runs[1:]:
         assert all(torch.equal(first, again) for first, again in zip(runs[0], run, strict=True))
