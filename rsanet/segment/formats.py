@@ -22,6 +22,12 @@ IMAGE_IOS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageI
 FORMATS = tuple(IMAGE_IOS)
 MILLIMETRES = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???"}  # of a header
 
+# The spaces of NRRD whose axes run through a patient in a known way; ITK takes any other for LPS.
+SPACES = {
+    *("left-posterior-superior", "right-anterior-superior", "left-anterior-superior"),
+    *("lps", "ras", "las", "lpst", "rast", "last"),  # with time, too
+}
+
 SHEARED = 0.1  # mm that a corner lies off without the shear
 MOST_VOXELS = 2**31  # of a volume; a scan has a hundredth of it
 
@@ -89,7 +95,7 @@ def _read_file(itk: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
     size = reader.GetSize()
-    if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
+    if reader.GetDimension() < 3 or set(size[3:]) - {1} or reader.GetNumberOfComponents() != 1:
         raise ValueError(
             f"{path} has {counted(reader.GetDimension(), 'dimension')} and "
             f"{counted(reader.GetNumberOfComponents(), 'number')} per voxel: give one 3-D volume per file, with one "
@@ -99,12 +105,14 @@ def _read_file(itk: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path} has {'×'.join(map(str, size))} voxels by its header: repair it, no scan has so many.")
     fields = _fields(path)
     _check_lengths(path, fields)
+    _check_space(path, fields)
     slope, offset = _scaling(path, fields)
     image = reader.Execute()
     affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
-    voxels = itk.GetArrayFromImage(image).T
+    directions = np.reshape(image.GetDirection(), (len(size), len(size)))[:3, :3]
+    affine[:3, :3] = directions * image.GetSpacing()[:3]
+    affine[:3, 3] = image.GetOrigin()[:3]
+    voxels = itk.GetArrayFromImage(image).T.reshape(size[:3])
     return voxels if (slope, offset) == (1, 0) else voxels.astype(np.float64) * slope + offset, affine
 
 
@@ -148,6 +156,18 @@ def _check_lengths(path: Path, fields: dict[str, str]) -> None:
         warnings.warn(
             f"{path} does not give the size of its voxels along every axis, and is read as 1 mm where it does not: "
             "repair its header.",
+            DataWarning,
+            stacklevel=1,
+        )
+
+
+def _check_space(path: Path, fields: dict[str, str]) -> None:
+    """Warns of a header of NRRD that gives directions, but not in a space that says where left and right are."""
+    if "space directions" in fields and fields.get("space", "").lower().removesuffix("-time") not in SPACES:
+        named = fields.get("space", "no space")
+        warnings.warn(
+            f"{path} does not say how the axes of its space run through the patient ({named}), and is read "
+            "as LPS: give its header the right space.",
             DataWarning,
             stacklevel=1,
         )

@@ -36,6 +36,8 @@ CONVERTERS = {
     (".mnc", ".mif"): "ITK-SNAP or MRtrix",
 }
 
+UNITS = {1: "metres", 3: "micrometres"}  # of lengths, by the code of NIfTI; 2 is mm, and 0 says nothing
+
 ROUNDING = 2e-5  # of the largest value; the scaled integers of 16 bits and an interpolation leave less beside 0
 LARGEST_STEP = 0.1  # of a slope whose rounding is taken back; a coarser one may mean what it says
 FLOAT32 = 1e-6  # of the largest value: what a file that stores 32 bits leaves of a whole number
@@ -130,6 +132,7 @@ def read_volume(volume: Volume) -> tuple[np.ndarray, nib.Nifti1Image]:
     if voxels.dtype.kind not in "biuf":
         raise ValueError(f"{name} stores {voxels.dtype} voxels: give a volume with one real number per voxel.")
     _check_affine(image.affine, name)
+    _check_unit(image, name)
     _compare_forms(image, name)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which the callers look for
         return voxels.astype(np.float32), image
@@ -216,6 +219,18 @@ def _check_affine(affine: np.ndarray | None, name: str) -> None:
         )
     if abs(np.linalg.det(affine[:3, :3])) < 1e-3 * spacing.prod():
         raise ValueError(f"{name} has an affine with axes that do not span space: repair its header.")
+
+
+def _check_unit(image: nib.Nifti1Image, name: str) -> None:
+    """Warns of a header whose sizes are those of a scan in mm, but which claims another unit."""
+    unit = UNITS.get(int(image.header["xyzt_units"]) & 7)
+    if unit:
+        warnings.warn(
+            f"{name} is in {unit} by its header, but has voxels of "
+            f"{' × '.join(f'{size:.3g}' for size in voxel_sizes(image.affine))}: it is read as mm.",
+            DataWarning,
+            stacklevel=1,
+        )
 
 
 def _compare_forms(image: nib.Nifti1Image, name: str) -> None:

@@ -156,6 +156,39 @@ def test_the_slope_of_a_metaimage_is_applied(tmp_path, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.filterwarnings("ignore:.*is read as LPS")  # ITK names no space in four dimensions
+@pytest.mark.parametrize("name", FILES)
+def test_a_fourth_dimension_of_one_is_dropped_as_of_nifti(tmp_path, name):
+    image = itk_image(np.arange(24, dtype=np.uint8).reshape(2, 3, 4), oblique("LAS"))
+    SimpleITK.WriteImage(SimpleITK.JoinSeries([image]), str(tmp_path / name))
+    voxels, found = read_volume(tmp_path / name)
+    assert np.array_equal(voxels, np.arange(24).reshape(2, 3, 4))
+    assert np.allclose(found.affine, oblique("LAS"), atol=1e-5)
+    SimpleITK.WriteImage(SimpleITK.JoinSeries([image, image]), str(tmp_path / name))
+    with pytest.raises(ValueError, match="has 4 dimensions"):
+        read_volume(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("space", "told"),
+    [
+        ("space: LPS", None),
+        ("space: right-anterior-superior", None),
+        ("space: Left-Anterior-Superior", None),
+        ("space: scanner-xyz", "scanner-xyz"),
+        ("space: 3D-right-handed", "3D-right-handed"),
+        ("space dimension: 3", "no space"),
+    ],
+)
+def test_a_space_without_left_and_right_is_told(tmp_path, recwarn, space, told):
+    header = NRRD.replace("space: LPS", space).format("2 3 4", "space directions: (2,0,0) (0,3,0) (0,0,4)")
+    (tmp_path / "x.nrrd").write_bytes(header.encode() + bytes(range(24)))
+    read_volume(tmp_path / "x.nrrd")
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (told is not None)
+    assert all(f"run through the patient ({told}), and is read as LPS" in each for each in said)
+
+
 @pytest.mark.parametrize("tilted", [False, True])
 def test_a_dicom_series_lies_where_its_nifti_lies(tmp_path, tilted):
     voxels = np.arange(7 * 6 * 5).reshape(7, 6, 5)

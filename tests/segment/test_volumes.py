@@ -193,6 +193,16 @@ def test_sizes_that_the_sform_leaves_unused_do_not_matter(tmp_path, head, caplog
     assert not caplog.records  # nibabel logs what it mends, on stderr and without the name of the file
 
 
+@pytest.mark.parametrize(("unit", "word"), [("unknown", None), ("mm", None), ("meter", "metres"), ("micron", "micro")])
+def test_a_unit_that_the_sizes_contradict_is_told(head, recwarn, unit, word):
+    image = nib.Nifti1Image(head, np.diag([1, 2, 1, 1]))
+    image.header.set_xyzt_units(unit, "sec")
+    read_volume(image)
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (word is not None)
+    assert all(f"is in {word}" in each and "voxels of 1 × 2 × 1: it is read as mm" in each for each in said)
+
+
 @pytest.mark.parametrize("codes", [(1, 1), (1, 2), (0, 1)])
 def test_an_sform_and_a_qform_that_contradict_each_other_are_told(head, codes):
     image = nib.Nifti1Image(head, np.eye(4))
