@@ -138,6 +138,11 @@ def _series_files(itk: Any, folder: Path) -> list[Path]:
     reader = itk.ImageSeriesReader()
     series = reader.GetGDCMSeriesIDs(str(folder))
     if not series:
+        if path := next((path for path in _files(folder) if is_dicom(path) and _has_floats(path)), None):
+            raise ValueError(
+                f"{path} stores its pixels as floating-point numbers (FloatPixelData), which is not read: convert the "
+                "series to .nii.gz."
+            )
         raise ValueError(f"{folder} has no DICOM series that can be read: give a folder with the files of one.")
     files = {each: reader.GetGDCMSeriesFileNames(str(folder), each) for each in series}
     if len(series) > 1:
@@ -151,6 +156,12 @@ def _series_files(itk: Any, folder: Path) -> list[Path]:
     paths = sorted(Path(path) for path in files[series[0]])
     _check_all_read(folder, paths)
     return paths
+
+
+def _has_floats(path: Path) -> bool:
+    """Whether a file has its pixels in FloatPixelData or DoubleFloatPixelData, which GDCM knows nothing of."""
+    data = path.read_bytes()  # the tags in explicit VR
+    return b"\xe0\x7f\x08\x00OF" in data or b"\xe0\x7f\x09\x00OD" in data
 
 
 def _check_all_read(folder: Path, paths: list[Path]) -> None:

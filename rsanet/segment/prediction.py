@@ -70,6 +70,8 @@ class Options:
             mask: the mask.
             contrasts: of the model; the transform of each is by its name.
         """
+        if not is_nifti(mask):  # which may have no name at all, as "."
+            raise ValueError(f"{mask} is not a name for a mask: end it in .nii.gz.")
         found = {"mask": mask, "sidecar": mask.with_name(stem(mask) + ".json")}
         if self.probability_map:
             # The ending of BIDS, by which a folder's masks are told from its probability maps.
@@ -363,8 +365,6 @@ def paths_of(case: Case) -> list[Path]:
 
 def check_outputs(files: Mapping[str, Path], *, overwrite: bool) -> None:
     """Refuses names that cannot be written, or are taken where nothing may be lost."""
-    if not is_nifti(files["mask"]):
-        raise ValueError(f"{files['mask']} is not a name for a mask: end it in .nii.gz.")
     for path in files.values():
         check_new(path, overwrite=overwrite)
 

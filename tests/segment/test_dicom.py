@@ -477,6 +477,19 @@ def test_what_is_no_even_stack_of_one_volume_is_refused_for_its_reason(tmp_path,
     assert len(recwarn) == before
 
 
+@pytest.mark.parametrize(("name", "kind"), [("FloatPixelData", "<f4"), ("DoubleFloatPixelData", "<f8")])
+@pytest.mark.parametrize("write_as", [write_series, write_enhanced])
+def test_pixels_that_are_floating_point_numbers_are_refused_as_that(tmp_path, write_as, name, kind):
+    series = write_as(tmp_path / "scan", stored(3), places(3))
+    for path in series.iterdir():
+        found = pydicom.dcmread(path)
+        setattr(found, name, np.frombuffer(found.PixelData, "<u2").astype(kind).tobytes())
+        del found.PixelData
+        found.save_as(path)
+    with pytest.raises(ValueError, match=r"\.dcm stores its pixels as floating-point numbers .* convert the series"):
+        read_volume(series)
+
+
 @pytest.mark.parametrize(("thickness", "warned"), [(2, True), (3, False), (2.5, False), (20, False), (None, False)])
 def test_slices_that_are_far_apart_for_their_thickness_are_told(tmp_path, recwarn, thickness, warned):
     where = places(5, step=3.5 if warned else 3)[:: 1 if warned else -1]

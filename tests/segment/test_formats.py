@@ -1,6 +1,7 @@
 """Other formats than NIfTI: the same voxels at the same places, and nothing that a header has no business to name."""
 
 import locale
+import re
 import shutil
 import sys
 
@@ -228,8 +229,9 @@ def test_a_mask_in_nifti_lies_on_the_grid_of_an_image_in_another_format(tmp_path
     mask = nib.load(tmp_path / "mask.nii.gz")
     assert np.allclose(mask.affine, affine, atol=1e-4)
     assert np.array_equal(np.asarray(mask.dataobj), thresholded(nib.Nifti1Image(whole["FLAIR"], affine)))
-    with pytest.raises(ValueError, match=r"mask\.mha is not a name for a mask: end it in \.nii\.gz"):
-        predict(segmenter(), paths, tmp_path / "mask.mha")
+    for name in (str(tmp_path / "mask.mha"), ".", "/"):
+        with pytest.raises(ValueError, match=rf"^{re.escape(name)} is not a name for a mask: end it in \.nii\.gz"):
+            predict(segmenter(), paths, name)
 
 
 def test_a_cohort_in_other_formats_is_found_checked_and_compared(tmp_path, phantoms):
