@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from rsanet.segment.words import listed
 
+TINY = np.finfo(np.float32).tiny
 COARSE = 2.5  # mm; a look takes voxels together up to this size
 BIN = 0.04  # of the way from the surface to the middle; about 2 mm in an adult
 BINS = 10  # scalp, skull and the fluid beneath are in these
@@ -82,7 +83,7 @@ def look(channels: np.ndarray, tissue: np.ndarray, affine: np.ndarray) -> dict[s
     for channel, voxels, there, low in zip(channels, tissue, shown, small, strict=True):
         values = channel[voxels]
         values = values[:: max(1, values.size // 100_000)]
-        scaled = (np.quantile(values, QUANTILES) - values.mean()) / max(values.std(), 1e-6)
+        scaled = (np.quantile(values, QUANTILES) - values.mean()) / max(values.std(), 1e-6 * np.abs(values).max(), TINY)
         found["quantiles"].append(rounded(scaled))
         shell, rim = rim_of(low, there, size)
         found["shell"].append(shell)

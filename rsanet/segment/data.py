@@ -185,7 +185,9 @@ class NormalizeForeground(Transform):
                     f"{data['case']}: a contrast shows no tissue on the grid of the first contrast: "
                     "register one to the other, or repair the headers."
                 )
-            deviation = values.std(correction=0).clamp_min(1e-6)
+            # Rounding is not spread; how large the numbers are says nothing.
+            least = max(1e-6 * float(values.abs().max()), torch.finfo(values.dtype).tiny)
+            deviation = values.std(correction=0).clamp_min(least)
             normalized.append(torch.where(tissue, (channel - values.mean()) / deviation, 0.0))
         result = {key: value for key, value in data.items() if key != self.tissue}
         result["image"] = MetaTensor(torch.stack(normalized), meta=image.meta)

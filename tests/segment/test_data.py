@@ -23,6 +23,22 @@ def test_tissue_gets_mean_zero_and_deviation_one_and_the_background_stays_zero()
     assert (result[image > 0].std(correction=0) - 1).abs() < 1e-4
 
 
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**-30, 2.0**20])
+def test_how_large_the_numbers_are_changes_nothing(scale):
+    image = 300 + 40 * torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    image[:, :, :, :6] = 0
+    prepare = NormalizeForeground(looked=True)
+    one, other = (prepare({"case": "x", "image": MetaTensor(numbers)}) for numbers in (image, image * scale))
+    torch.testing.assert_close(other["image"].as_tensor(), one["image"].as_tensor(), rtol=1e-5, atol=1e-5)
+    assert other["look"]["quantiles"] == one["look"]["quantiles"]
+
+
+def test_tissue_of_one_value_is_zero_but_for_rounding():
+    image = torch.zeros(1, 8, 8, 8)
+    image[:, 2:6, 2:6, 2:6] = 0.1
+    assert normalized(image).abs().max() < 0.1
+
+
 def test_noise_in_air_is_no_tissue():
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 16, 16, 16, generator=generator) * 10 + 0.1
