@@ -194,17 +194,11 @@ class Segmenter:
 
     def window_for(self, size: Sequence[int]) -> Window:
         """The window for a prepared volume of ``size`` voxels along z, y, x."""
-        trained = tuple(getattr(self.network, "extra", {}).get("roi", self.roi))
-        if not self.whole_brain and self.roi == trained:
+        if not self.whole_brain:
             return Window(self.roi, sizes(self.roi))
         # Halved on the way down and doubled on the way up, other sizes would not meet their own voxels again.
         step = 2 ** (len(self.network.config["channels"]) - 1)
         whole = tuple(math.ceil(length / step) * step for length in size)
-        if not self.whole_brain:
-            # The attention would look at the padding around the volume, which no training showed it so much of.
-            window = tuple(min(asked, max(pair)) for asked, *pair in zip(self.roi, whole, trained, strict=True))
-            cut = "" if window == self.roi else f", cut to {sizes(window)} as there are no more voxels"
-            return Window(window, sizes(self.roi) + cut)
         needed, free = forward_bytes(self.network, whole, self.precision), available_memory(self.device)
         if needed <= SHARE * free:
             return Window(whole, f"{sizes(whole)}, the whole brain")

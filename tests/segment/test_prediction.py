@@ -164,15 +164,6 @@ def test_the_window_can_be_chosen_at_prediction(trained):
         Segmenter.load(trained, roi=[0])
 
 
-def test_no_window_is_larger_than_the_volume_and_the_training_patch(trained):
-    """So that the attention does not look at padding of which no training showed it so much."""
-    model = Segmenter.load(trained, roi=[8, 200, 200])
-    window = model.window_for((21, 27, 9))
-    assert window.size == (8, 28, 16)
-    assert window.words == "8×200×200, cut to 8×28×16 as there are no more voxels"
-    assert Segmenter.load(trained).window_for((5, 5, 5)).words == "16×16×16"
-
-
 def test_a_network_that_train_did_not_make_is_refused(tmp_path):
     save_model(RSANet(3, 2, (8, 16)), tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="does not name its contrasts"):
