@@ -91,6 +91,22 @@ def tiny(which, bias=True):
     return [x, weight, random_volume((channels,), 3).float() if bias else None], (stride, padding)
 
 
+def check_transforms(x, weight, bias, rest):
+    """Asserts that second derivatives and `torch.func` see what they see of `F.conv3d`."""
+
+    def twice(conv):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        first = torch.autograd.grad(conv(*leaves, *rest).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
+
+    for one, truth in zip(twice(conv3d), twice(F.conv3d), strict=True):
+        assert relative_error(one, truth.double()) < 1e-4
+    loss = lambda conv: lambda x: conv(x, weight, bias, *rest).square().sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss(conv3d))(x), torch.func.grad(loss(F.conv3d))(x))
+    torch.testing.assert_close(torch.func.vmap(loss(conv3d))(x[None]), torch.func.vmap(loss(F.conv3d))(x[None]))
+    torch.testing.assert_close(torch.func.jvp(loss(conv3d), (x,), (x,)), torch.func.jvp(loss(F.conv3d), (x,), (x,)))
+
+
 @pytest.mark.parametrize("which", TINY, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_a_tiny_result_is_a_product_with_all_gradients(which, memory_format):
@@ -167,19 +183,7 @@ def test_what_does_not_fit_is_told_as_torch_tells_it():
 @pytest.mark.parametrize("which", TINY[:4], ids=str)
 def test_a_product_in_transforms_and_hooks(which):
     (x, weight, bias), rest = tiny(which)
-
-    def twice(conv):
-        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-        first = torch.autograd.grad(conv(*leaves, *rest).square().sum(), leaves, create_graph=True)
-        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
-
-    for one, truth in zip(twice(conv3d), twice(F.conv3d), strict=True):
-        assert relative_error(one, truth.double()) < 1e-4
-    loss = lambda conv: lambda x: conv(x, weight, bias, *rest).square().sum()  # noqa: E731
-    for transform in (torch.func.grad, torch.func.vmap):
-        given = x[None] if transform is torch.func.vmap else x
-        torch.testing.assert_close(transform(loss(conv3d))(given), transform(loss(F.conv3d))(given))
-    torch.testing.assert_close(torch.func.jvp(loss(conv3d), (x,), (x,)), torch.func.jvp(loss(F.conv3d), (x,), (x,)))
+    check_transforms(x, weight, bias, rest)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.mT.contiguous().mT)
     with hooks:
@@ -196,20 +200,7 @@ def test_a_product_in_transforms_and_hooks(which):
 
 @pytest.mark.parametrize("channels", [3, 17])
 def test_second_derivatives_and_transforms(channels):
-    x, weight, bias = case((channels, 4, 3, 2), 3)
-    rest = ((1, 1, 1), (1, 1, 1))
-
-    def twice(conv):
-        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-        first = torch.autograd.grad(conv(*leaves, *rest).square().sum(), leaves, create_graph=True)
-        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
-
-    for one, truth in zip(twice(conv3d), twice(F.conv3d), strict=True):
-        assert relative_error(one, truth.double()) < 1e-4
-    loss = lambda conv: lambda x: conv(x, weight, bias, *rest).square().sum()  # noqa: E731
-    torch.testing.assert_close(torch.func.grad(loss(conv3d))(x), torch.func.grad(loss(F.conv3d))(x))
-    torch.testing.assert_close(torch.func.vmap(loss(conv3d))(x[None]), torch.func.vmap(loss(F.conv3d))(x[None]))
-    torch.testing.assert_close(torch.func.jvp(loss(conv3d), (x,), (x,)), torch.func.jvp(loss(F.conv3d), (x,), (x,)))
+    check_transforms(*case((channels, 4, 3, 2), 3), ((1, 1, 1), (1, 1, 1)))
 
 
 @pytest.mark.parametrize("channels", [3, 17])
