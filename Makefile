@@ -36,13 +36,13 @@ demo: install
 
 # The tests of the C++ kernels count threads, and want the machine for themselves. Triton's kernels run in its interpreter,
 # which a process has from its start or not at all. Threads that wait for work would take the cores from those that have
-# some, of this process or another: a policy of passive makes them sleep.
+# some, of this process or another: a policy of passive makes them sleep. The interpreter has no work for a second one.
 test test-nnunet test-report: export OMP_WAIT_POLICY = passive
 test: install
 	$(RUN)/python -m pytest -n 2 --dist loadfile --ignore tests/cpp
 	$(RUN)/python -m pytest tests/cpp
 ifeq ($(shell uname -sm),Linux x86_64)
-	TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 tests/rsa_kernels tests/triton -k triton
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 tests/rsa_kernels tests/triton -k triton
 endif
 
 # Runs the tutorial on nnU-Net, and what else needs nnU-Net, in an environment of its own: nnU-Net's torchvision does not
